@@ -1,0 +1,703 @@
+"""What the scripts in methods/ must agree on for their numbers to be comparable: which images, how a batch is drawn,
+which layers, what "few" means, how a run is kept and resumed. No method and no training loop is in here.
+
+    python common.py runs/results.jsonl [more.jsonl ...]        prints results as one markdown table
+"""
+import argparse
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------- 1 the run
+
+
+def fail(message):
+    """Bad input: one line on stderr, exit code 2, no traceback."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def guard(main):
+    """Call a script's main(); what stops a run from outside becomes one line too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the last saved epoch", file=sys.stderr)
+        raise SystemExit(130) from None
+    except torch.cuda.OutOfMemoryError:
+        fail("out of GPU memory: lower --batch-size, with --overwrite")
+    except (OSError, MemoryError) as error:
+        fail(f"{error or 'out of memory'}: what was saved is intact, the same command goes on from there")
+
+
+def number(kind, ok, wanted):
+    """An argparse type: kind(text), refused unless ok(value); NaN fails every comparison and so is refused too."""
+    def parse(text):
+        if not ok(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+
+COUNT = number(int, lambda n: n >= 1, "1 or more")
+INDEX = number(int, lambda n: 0 <= n < 2**32, "0 or more")
+POSITIVE = number(float, lambda v: 0 < v < math.inf, "above 0")
+NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "0 or more")
+FACTOR = number(lambda text: text if text == "natural" else float(text), lambda v: v == "natural" or 1 <= v < math.inf,
+                "1 or more, or 'natural'")
+
+
+def base_parser(doc):
+    """The flags of every script; the defaults of the paper's recipe come with parse()."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument_group("common flags").add_argument
+    add("--dataset", default="cifar100", help="cifar10, cifar100, synthetic, or a folder with your own images")
+    add("--data-root", help="folder of the CIFAR files (data), or of the images that your own lists name (the lists')")
+    add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
+    add("--subset-seed", type=INDEX, default=0, help="which images are kept; 0 is the field's standard subset")
+    add("--val-per-class", type=INDEX, default=0, help="validation images per class, never trained on")
+    add("--image-size", type=COUNT, help="pixels a side to which your own images are scaled and cropped")
+    add("--seed", type=INDEX, default=0, help="of the initial weights, the order and the augmentation")
+    add("--epochs", type=COUNT, help="of stage 1, if there are two")
+    add("--batch-size", type=COUNT, help="images per step")
+    add("--lr", type=POSITIVE, help="peak learning rate")
+    add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
+    add("--backbone", choices=list(BACKBONES), default="resnet32", help="network below the classifier")
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
+        help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
+    add("--eval-every", type=INDEX, default=0, help="score the test set every N epochs too, to report the best")
+    add("--out", default="runs", help="folder of results.jsonl and of the runs' own folders")
+    add("--overwrite", action="store_true", help="delete what this run has left, and start again")
+    return parser
+
+
+def parse(parser, argv, recipe, changes):
+    """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images."""
+    dataset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**recipe, **({} if dataset in DATASETS else {"imb_factor": "natural"}))
+    parser.set_defaults(**changes.get(dataset if dataset in DATASETS else "own", {}))
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["methods/" + Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def save(path, content):
+    """Write bytes, or a dict of tensors, under a temporary name and rename: the file is whole, or as it was before."""
+    buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
+    if not isinstance(content, bytes):
+        torch.save(content, buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer() if buffer.tell() else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path):
+    """The dict of tensors in a file; a damaged or foreign file is refused."""
+    try:
+        if zipfile.ZipFile(path).testzip() is None:
+            return dict(torch.load(path, "cpu", weights_only=True))
+    except FileNotFoundError:
+        fail(f"{path}: no such file")
+    except Exception:  # zipfile and torch.load raise many kinds; to the user they are one
+        pass
+    fail(f"{path} is damaged, or no checkpoint: delete it, or name another")
+
+
+def load_net(net, path):
+    """Load a run's weights.pt, or a bare state_dict, into net. Returns the flags it was trained with, if it tells."""
+    state = load(path)
+    try:
+        net.load_state_dict(state.get("net", state))
+    except (RuntimeError, AttributeError, TypeError):
+        fail(f"{path} does not hold the weights of this network ({type(net).__name__}, {net.fc.out_features} classes)")
+    return state.get("flags", {})
+
+
+class Run:
+    """One run: its folder, device and random numbers, the protocol it prints, its checkpoints, its result."""
+
+    def __init__(self, args, method, variant):
+        if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
+            fail(f"--dataset {args.dataset}: not one of {', '.join(DATASETS)}, and no such folder")
+        self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], 0.0
+        self.flags = {k: v for k, v in vars(args).items() if k not in ("out", "data_root", "overwrite", "command")}
+        self.device, self.precision = self._machine()
+        imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
+        name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
+        self.folder, results = Path(args.out, name), Path(args.out, name, "result.json")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+        except OSError as error:
+            fail(f"--out {args.out}: cannot write there ({error.strerror})")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
+        if args.overwrite:
+            for path in [*self.folder.glob("*.ckpt"), results]:
+                path.unlink(missing_ok=True)
+        if results.exists():
+            try:
+                result = json.loads(results.read_text())
+                self._refuse_other(results, result["flags"])
+            except (ValueError, KeyError, TypeError):
+                fail(f"{results} is damaged: --overwrite runs it again")
+            self._record(result)
+            print(f"{self.folder} is finished; --overwrite runs it again\n{table([result])}")
+            raise SystemExit(0)
+        torch.manual_seed(args.seed)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
+
+    def _machine(self):
+        args, gpus = self.args, torch.cuda.device_count()
+        try:
+            device = torch.device(("cuda" if gpus else "cpu") if args.device == "auto" else args.device)
+        except RuntimeError:
+            fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+            fail(f"--device {args.device}: this machine has a CPU and {gpus} CUDA devices")
+        auto = "fp32" if device.type == "cpu" else "bf16" if args.backbone == "resnet34" else "tf32"
+        precision = auto if args.precision == "auto" else args.precision
+        if device.type == "cpu" and precision != "fp32":
+            fail(f"--precision {precision} needs a GPU; a CPU is faster with fp32")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        if args.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True)
+        return device, precision
+
+    def _refuse_other(self, path, flags):
+        for key in sorted(flags.keys() | self.flags.keys()):
+            if flags.get(key) != self.flags.get(key):
+                fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {self.flags.get(key)}: "
+                     "choose another --out, or --overwrite")
+
+    def begin(self, data, net, lrs, augmentation="crop, flip"):
+        """Print and keep the protocol. lrs: the learning rate of every epoch of the run."""
+        self.data, args, n = data, self.args, np.array(data.counts)
+        turns = [e for e in range(len(lrs)) if e == 0 or lrs[e] != lrs[e - 1]]
+        if len(turns) > 12:  # a smooth schedule: its two ends and its peak
+            turns = sorted({0, int(np.argmax(lrs)), len(lrs) - 1})
+        self.machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        self.params = sum(p.numel() for p in net.parameters())
+        self.card = {
+            "data": f"{args.dataset}, {len(n)} classes, {data.train.images.shape[2]} x {data.train.images.shape[1]} pixels",
+            "subset": "{rule}; {total:,} images, sha256 {sha256}".format(**data.subset),
+            "training": f"{n.sum():,} images, {n.max()} to {n.min()} per class: "
+                        "{many} many (> 100), {medium} medium (20..100), {few} few (< 20)".format(
+                            **{name: group.sum() for name, group in shot_groups(n).items()}),
+            "validation": f"{len(data.val.labels):,} images, none of them trained on" if data.val else "none",
+            "test": f"{len(data.test.labels):,} images, after the last epoch"
+                    + f"; every {args.eval_every} epochs for 'best on test' only" * (args.eval_every > 0),
+            "network": f"{args.backbone}, {self.params:,} parameters, "
+                       f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} of them trained",
+            "augmentation": augmentation,
+            "schedule": ", ".join(f"lr {lrs[e]:.4g} in epoch {e + 1}" for e in turns) + f" of {len(lrs)}; batch {args.batch_size}",
+            "arithmetic": f"{self.precision} on {self.machine}, seed {args.seed}",
+            "reported": "last epoch, one view; 'flip' is the mean of the logits of an image and its mirror image"}
+        print(f"{self.method}, {self.variant} -> {self.folder}", *(f"  {k + ':':14}{v}" for k, v in self.card.items()), sep="\n")
+
+    def autocast(self):
+        """For the forward pass: bf16 where --precision says so. Losses are computed outside of it, in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def epochs(self, stage, total, net, optimizer):
+        """Yield the epochs of `stage` still to do, from where an earlier process left it. Saves after an epoch when
+        30 s have passed (longer if saving would cost over 1 %), and after the last one."""
+        path, parts, start = self.folder / f"{stage}.ckpt", {"net": net, "optimizer": optimizer}, 0
+        self.stage, self.total, self.optimizer = stage, total, optimizer
+        if path.exists():
+            state = load(path)
+            self._refuse_other(path, state.get("flags", {}))
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].to(self.device)
+            self.generator.set_state(state["generator"])
+            start, self.history, self.best_test = state["epoch"], state["history"], state["best_test"]
+        saved, pause = time.time(), 30.0
+        with tqdm(total=total, initial=start, desc=stage, unit="epoch", disable=not sys.stderr.isatty()) as self.bar:
+            for self.epoch in range(start, total):
+                self.began = time.time()
+                yield self.epoch
+                self.bar.update()
+                if self.epoch + 1 == total or time.time() - saved > pause:
+                    saved = time.time()
+                    save(path, {name: part.state_dict() for name, part in parts.items()} | {
+                        "flags": self.flags, "generator": self.generator.get_state(), "epoch": self.epoch + 1,
+                        "history": self.history, "best_test": self.best_test})
+                    save(self.folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in self.history).encode())
+                    saved, pause = time.time(), max(30.0, 100 * (time.time() - saved))
+
+    def log(self, losses, **extra):
+        """Close an epoch. losses: the 0-d losses of its steps; one that is no number ends the run."""
+        loss, lr, seconds = torch.stack(losses).mean().item(), self.optimizer.param_groups[0]["lr"].item(), time.time() - self.began
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} in epoch {self.epoch + 1} of {self.stage}: try a lower --lr, or --precision fp32, "
+                 "with --overwrite")
+        self.history.append({"stage": self.stage, "epoch": self.epoch + 1, "loss": loss, "lr": lr, "seconds": seconds, **extra})
+        line = f"loss {loss:.4f}, lr {lr:.4g}, {len(self.data.train.labels) / seconds:.0f} images/s"
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and (self.epoch + 1) * 10 // self.total > self.epoch * 10 // self.total:
+            print(f"  {self.stage}, epoch {self.epoch + 1} of {self.total}: {line}, "
+                  f"{(self.total - self.epoch - 1) * seconds:.0f} s left", flush=True)
+
+    def test_now(self):
+        """Whether --eval-every asks for the test set after this epoch."""
+        return self.args.eval_every > 0 and (self.epoch + 1) % self.args.eval_every == 0
+
+    def note_test(self, accuracy):
+        self.best_test = max(self.best_test, accuracy)
+
+    def finish(self, net, logits, rows, **metrics):
+        """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), the headline last."""
+        args, seconds = self.args, sum(h["seconds"] for h in self.history)
+        result = {
+            "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
+            "seed": args.seed, **rows[-1], "best_test": self.best_test or None, "rows": rows, "metrics": metrics,
+            "subset": self.data.subset, "backbone": args.backbone, "params": self.params, "flags": self.flags,
+            "protocol": self.card, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
+            "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
+            "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None,
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": args.command}
+        result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
+        save(self.folder / "weights.pt", {"net": net.state_dict(), "flags": self.flags})
+        save(self.folder / "test_logits.pt", {"labels": self.data.test.labels, **logits})
+        save(results := self.folder / "result.json", json.dumps(result).encode())
+        self._record(result)
+        for path in results.parent.glob("*.ckpt"):
+            path.unlink()
+        print(*(f"  {key}: {value}" for key, value in result["metrics"].items()), table([result]), sep="\n")
+
+    def _record(self, result):
+        """Append to results.jsonl unless the line stands there: all of it or nothing, whoever else is writing."""
+        line = json.dumps(result).encode() + b"\n"
+        with open(Path(self.args.out, "results.jsonl"), "a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if line not in (text := file.read()):
+                try:
+                    file.write(line if text[-1:] in (b"", b"\n") else b"\n" + line)
+                except OSError:
+                    file.truncate(len(text))
+                    raise
+
+
+# ---------------------------------------------------------------------------------------------------- 2 data
+
+DATASETS = ("cifar10", "cifar100", "synthetic")
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10; the field uses them for both
+FINGERPRINTS = {  # of the field's standard subsets: sha256 of the indices, first 16 digits
+    "cifar10": {10: "a17d69f192b1cf6d", 50: "d7edcfaf02772bee", 100: "4bf45bff8878d278", 200: "a88004a1d1361093"},
+    "cifar100": {10: "b4fbf1bf0a7f3338", 50: "561fa940cc7d3551", 100: "e0d58a4d2700c460", 200: "2f00ccd33da379d5"}}
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # (N, H, W, 3) uint8
+    labels: torch.Tensor  # (N,) int64
+    mean: torch.Tensor    # (3,) float32, in grey levels, as std
+    std: torch.Tensor
+
+
+class Data(NamedTuple):
+    train: Split
+    val: Optional[Split]
+    test: Split
+    counts: list          # training images per class
+    subset: dict          # rule, total and sha256 of the subset before validation images are held out of it
+
+
+def exp_counts(n_max, num_classes, imb_factor):
+    """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW (Cao et al. 2019)."""
+    return [int(n_max * imb_factor ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
+
+
+def long_tail_indices(labels, counts, seed=0):
+    """The field's standard subset: per class in label order, shuffle its indices and keep the first counts[c].
+
+    labels: (N,) ints. Returns (sum(counts),) int64; seed 0 gives LDAM-DRW's images in LDAM-DRW's order, from a
+    generator of its own. Raises ValueError where a class has too few images.
+    """
+    rng, labels, kept = np.random.RandomState(seed), np.asarray(labels), []
+    for c, n in enumerate(counts):
+        rng.shuffle(index := np.where(labels == c)[0])
+        if n > len(index):
+            raise ValueError(f"class {c} has {len(index)} images, not {n}")
+        kept.append(index[:n])
+    return np.concatenate(kept).astype(np.int64)
+
+
+def cifar(name, root):
+    """[(images, labels) of the training set, the same of the test set], read and if need be fetched by torchvision."""
+    import torchvision
+    source = getattr(torchvision.datasets, name.upper())
+    files = {root / source.base_folder / file: md5 for file, md5 in source.train_list + source.test_list}
+    for path, md5 in files.items():
+        if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
+            fail(f"{path} is damaged (its md5 should be {md5}): delete it and start again")
+    if missing := [path.name for path in files if not path.exists()]:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / ".lock", "w") as lock:  # one download, however many runs start at once
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                source(root, download=True)
+        except (OSError, RuntimeError) as error:
+            fail(f"{root / source.base_folder} lacks {', '.join(missing)} and the download failed ({error}): "
+                 "put torchvision's files there, or try --dataset synthetic, which needs none")
+    return [(part.data, np.array(part.targets)) for part in (source(root, train=True), source(root, train=False))]
+
+
+def synthetic():
+    """Like cifar(): 20 classes, 250 training and 50 test images each. A class is a smooth random 16 x 16 pattern; an
+    image blends it with another class's and adds noise."""
+    rng = np.random.RandomState(0)
+    patterns = F.interpolate(torch.from_numpy(rng.randn(20, 3, 4, 4)), 16, mode="bicubic").permute(0, 2, 3, 1).numpy()
+
+    def draw(n):
+        labels = np.repeat(np.arange(20), n)
+        blend = rng.uniform(0, 0.5, (len(labels), 1, 1, 1))
+        images = (1 - blend) * patterns[labels] + blend * patterns[rng.permutation(labels)]
+        return (128 + 40 * (images + 1.2 * rng.randn(*images.shape))).clip(0, 255).astype(np.uint8), labels
+    return draw(250), draw(50)
+
+
+def own_data(folder, root, size):
+    """[train, test, val] of (images, labels), val None if there is none. The folder holds train/, test/ and maybe val/
+    with a folder per class, or *train.txt, *test.txt and maybe *val.txt of lines `path label`, the paths below root.
+    Classes are numbered by their training images, the largest first. size: pixels a side, or None for one size as it is."""
+    from PIL import Image, ImageOps
+    files = {}
+    for part in ("train", "test", "val"):
+        if (folder / part).is_dir():
+            files[part] = [(p, c.name) for c in sorted((folder / part).iterdir()) if c.is_dir()
+                           for p in sorted(c.iterdir()) or [c] if not p.name.startswith(".")]
+        elif len(lists := list(folder.glob(f"*{part}.txt"))) == 1:
+            lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text().splitlines() if line.strip()]
+            if wrong := [line for line in lines if len(line) != 2]:
+                fail(f"{lists[0]}: '{wrong[0][0]}' is not a line `path label`")
+            files[part] = [(root / path, label) for path, label in lines]
+        elif part != "val":
+            fail(f"{folder} has neither a folder {part}/ nor one list *{part}.txt")
+    counts = {name: [label for _, label in files["train"]].count(name) for name in {label for _, label in files["train"]}}
+    order = sorted(counts, key=lambda name: (-counts[name], name))
+    for part in files:
+        for name in sorted(counts.keys() ^ {label for _, label in files[part]}):
+            fail(f"{folder}: class {name} is missing in {part if name in counts else 'train'}")
+
+    def read(path):
+        try:
+            image = Image.open(path).convert("RGB")
+        except Exception as error:  # Pillow raises many kinds
+            fail(f"{path} cannot be read as an image ({error})")
+        return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
+    sets = {"val": None}
+    with ThreadPoolExecutor() as pool:
+        for part in files:
+            paths, names = zip(*files[part])
+            images = list(tqdm(pool.map(read, paths), f"reading {part}", len(paths), disable=None))
+            if odd := [path for path, image in zip(paths, images) if image.shape != images[0].shape]:
+                fail(f"{odd[0]} and {paths[0]} differ in size: give --image-size")
+            sets[part] = np.stack(images), np.array([order.index(name) for name in names])
+    return sets["train"], sets["test"], sets["val"]
+
+
+def load_data(args, device):
+    """The long-tailed training set, the validation set if any, the whole test set, and what to say about them."""
+    val, held_out = None, args.val_per_class
+    if args.dataset == "synthetic":
+        (images, labels), test = synthetic()
+    elif args.dataset in DATASETS:
+        (images, labels), test = cifar(args.dataset, Path(args.data_root or "data"))
+    else:
+        folder = Path(args.dataset)
+        (images, labels), test, val = own_data(folder, Path(args.data_root or folder), args.image_size)
+    available = np.bincount(labels).tolist()
+    counts, rule = available, "all images"
+    if args.imb_factor != "natural":
+        counts = exp_counts(max(available), len(available), args.imb_factor)
+        rule = f"int({max(available)} * {args.imb_factor:g}^(-c/{len(available) - 1})) of class c, shuffle seed {args.subset_seed}"
+    per_class = np.split(long_tail_indices(labels, available, args.subset_seed), np.cumsum(available)[:-1])
+    for c, (n, index) in enumerate(zip(counts, per_class)):
+        if n > len(index):
+            fail(f"class {c} has {len(index)} images, --imb-factor {args.imb_factor:g} needs {n}: try --imb-factor natural")
+    subset = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
+    sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
+    standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
+    if args.subset_seed == 0 and sha256 != standard:
+        fail(f"the subset's sha256 is {sha256}, the standard one's {standard}: these are not the field's images")
+    if val is None and held_out:  # of each class the next images; where none are left (the head), the class gives up some
+        counts = [min(n, len(index) - held_out) for n, index in zip(counts, per_class)]
+        rest = np.concatenate([index[max(n, 0):][:held_out] for n, index in zip(counts, per_class)])
+        val = images[rest], labels[rest]
+        rule += f", of which {len(subset) - sum(counts)} serve as validation images"
+    if min(counts) < 1:
+        fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
+    train = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
+    mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD]) if "cifar" in args.dataset[:5] else (
+        f(images[train], (0, 1, 2)) for f in (np.mean, np.std))
+
+    def split(images, labels):
+        return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),
+                     *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (mean, std)))
+    return Data(split(images[train], labels[train]), val and split(*val), split(*test), counts,
+                {"rule": rule, "total": len(subset), "sha256": sha256})
+
+
+# ---------------------------------------------------------------------------------------------------- 3 batches
+
+
+def crop_flip(images, generator):
+    """A random window of the image in a black margin of an eighth (4 pixels of 32), and a random mirror image: what
+    torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H, W, 3) uint8."""
+    n, size, pad = len(images), images.shape[1:3], images.shape[1] // 8
+    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=images.device)
+    mirror = torch.rand(n, 1, 1, 1, generator=generator, device=images.device) < 0.5
+    windows = F.pad(images, (0, 0, pad, pad, pad, pad)).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (N, 2p+1, 2p+1, 3, H, W)
+    images = windows[torch.arange(n, device=images.device), top, left].permute(0, 2, 3, 1)
+    return torch.where(mirror, images.flip(2), images)
+
+
+def normalise(images, split):
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels last in memory."""
+    return ((images - split.mean) / split.std).permute(0, 3, 1, 2)
+
+
+def batches(split, batch_size, generator, augment=crop_flip):
+    """Yield an epoch of (x, labels): every image once, in random order, augmented; the last batch may be short."""
+    order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
+    at_once = max(1, 2**25 // (split.images[0].numel() * batch_size)) * batch_size  # up to 128 MB as floats
+    for part in order.split(at_once):
+        x = normalise(augment(split.images[part], generator), split)
+        yield from zip(x.split(batch_size), split.labels[part].split(batch_size))
+
+
+def set_lr(optimizer, lr):
+    """In place: the rate is a tensor, which a captured step reads anew."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
+
+
+def captured(step, net, optimizer):
+    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, step itself.
+
+    The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class weights) must
+    be a tensor that is changed in place. Capturing leaves weights, buffers and momentum as they were.
+    """
+    graphs = {}
+
+    def capture(x, labels):
+        weights = [v.clone() for v in net.state_dict().values()]
+        momentum = {p: state["momentum_buffer"].clone() for p, state in optimizer.state.items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up: libraries choose their kernels, momentum buffers appear
+            for _ in range(3):
+                step(x, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step(x, labels)
+        for value, before in zip(net.state_dict().values(), weights):
+            value.copy_(before)
+        for p, state in optimizer.state.items():  # a zero buffer is as good as none
+            state["momentum_buffer"].copy_(momentum.get(p, torch.zeros_like(p)))
+        return graph, x, labels, loss
+
+    def replay(x, labels):
+        if len(x) not in graphs:
+            graphs[len(x)] = capture(x.clone(), labels.clone())
+        graph, static_x, static_labels, loss = graphs[len(x)]
+        static_x.copy_(x)
+        static_labels.copy_(labels)
+        graph.replay()
+        return loss.clone()
+    return replay if next(net.parameters()).is_cuda else step
+
+
+# ---------------------------------------------------------------------------------------------------- 4 backbones
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without weights (option A: every second pixel, zeros for the new channels)."""
+
+    def __init__(self, inside, outside, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
+        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
+        self.stride, self.pad = stride, (0, 0, 0, 0, (outside - inside) // 2, (outside - inside) // 2)
+
+    def forward(self, x):
+        shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], self.pad)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+class ResNet32(nn.Module):
+    """CIFAR's ResNet-32 (He et al. 2016): features (B, 64), 470,004 parameters for 100 classes. blocks=1: the demo's."""
+
+    def __init__(self, num_classes, blocks=5):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        widths = [16] * (blocks + 1) + [32] * blocks + [64] * blocks
+        self.blocks = nn.Sequential(*(Block(a, b, 1 + (a < b)) for a, b in zip(widths, widths[1:])))
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+
+    def features(self, x):
+        return self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3))
+
+
+class ResNet34(nn.Module):
+    """torchvision's ResNet-34 with a 3x3 stem and no max-pooling, as WB, EWB-FDR and LORT use it: features (B, 512)."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        from torchvision.models import resnet34
+        net, conv = resnet34(), nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.body = nn.Sequential(conv, net.bn1, net.relu, net.layer1, net.layer2, net.layer3, net.layer4)
+        self.fc = nn.Linear(512, num_classes)
+
+    def features(self, x):
+        return self.body(x).mean((2, 3))
+
+
+BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": lambda num_classes: ResNet32(num_classes, blocks=1)}
+
+
+def simplex_etf(num_classes, dim, generator):
+    """(num_classes, dim): rows of unit norm with pairwise cosine -1/(K-1), sqrt(K/(K-1)) (I - 11^T/K) U^T for a uniformly
+    random U (dim, K) with orthonormal columns. Raises ValueError where dim < num_classes."""
+    if dim < num_classes:
+        raise ValueError(f"a simplex ETF of {num_classes} classes needs {num_classes} dimensions or more, not {dim}")
+    q, r = torch.linalg.qr(torch.randn(dim, num_classes, generator=generator, device=generator.device, dtype=torch.float64))
+    centred = torch.eye(num_classes).to(q) - 1 / num_classes
+    return (math.sqrt(num_classes / (num_classes - 1)) * centred @ (q * r.diagonal().sign()).T).float()
+
+
+# ---------------------------------------------------------------------------------------------------- 5 evaluation
+
+
+@torch.no_grad()
+def predict(net, split, flip=False):
+    """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32.
+    flip=True: the logits are the mean over the image and its mirror image."""
+    training, logits, feat = net.training, [], []
+    net.eval()
+    for images in split.images.split(1000):
+        x = normalise(images, split)
+        feat.append(net.features(x))
+        views = [feat[-1], net.features(x.flip(3))] if flip else [feat[-1]]
+        logits.append(sum(net.fc(view) for view in views) / len(views))
+    net.train(training)
+    return torch.cat(logits), torch.cat(feat)
+
+
+def shot_groups(counts):
+    """{"all", "many" (> 100 training images), "medium" (20..100), "few" (< 20)} -> (C,) bool, which classes."""
+    n = torch.as_tensor(counts)
+    return {"all": n >= 0, "many": n > 100, "medium": (n >= 20) & (n <= 100), "few": n < 20}
+
+
+def report(logits, labels, counts):
+    """Mean of the per-class recalls in percent, per shot group; None for a group without classes.
+    logits (N, C), labels (N,), counts: training images of the C classes."""
+    hits = (logits.argmax(1) == labels).double()
+    recall = 100 * (torch.bincount(labels, hits, len(counts)) / torch.bincount(labels, minlength=len(counts))).cpu()
+    return {name: recall[group].mean().item() if group.any() else None for name, group in shot_groups(counts).items()}
+
+
+def fisher_ratio(feat, labels):
+    """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), in float64, by the definition of EWB-FDR's code:
+    S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples, S_W = sum_i (f_i - mu_{y_i})(f_i - mu_{y_i})^T.
+    Dimensions that hardly vary (1e-3 of the mean feature) are left out; NaN if S_W is singular all the same."""
+    feat = feat.double()
+    threshold = 1e-3 * feat.mean().abs()
+    feat = feat[:, (feat - feat[0]).abs().amax(0) > threshold]
+    onehot = F.one_hot(labels).double()
+    n = onehot.sum(0).clamp(min=1)[:, None]
+    means = onehot.T @ feat / n  # (C, D)
+    between, within = (means - feat.mean(0)) * n.sqrt(), feat - means[labels]
+    s_b, s_w = between.T @ between, within.T @ within
+    keep = s_w.abs().amax(0) > threshold
+    try:
+        return torch.linalg.solve(s_w[keep][:, keep], s_b[keep][:, keep]).trace().item()
+    except torch.linalg.LinAlgError:
+        return math.nan
+
+
+# ---------------------------------------------------------------------------------------------------- 6 the table
+
+
+def row(name, paper, args, acc, acc_flip=None):
+    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it."""
+    source, numbers = paper.get(name, ("", {}))
+    percent = numbers.get((args.dataset, args.imb_factor))
+    return {"row": name, "acc": acc, "acc_flip": acc_flip, "paper": percent and {"all": percent, "source": source}}
+
+
+def table(results):
+    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of runs that differ in nothing else.
+    A line whose acc is null announces a run that is still to be made."""
+    groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
+    for result in results:
+        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every", "stage1")}
+        for entry in result["rows"]:
+            key = result["method"], entry["row"], result["dataset"], result["imb_factor"]
+            if entry["acc"] or key not in done:  # of two equal runs the later one counts
+                groups.setdefault((*key, json.dumps(flags, sort_keys=True)), {})[result["seed"]] = result, entry
+
+    def cell(values):
+        values = [v for v in values if v is not None]
+        return (f"{statistics.mean(values):.1f}" if values else "") + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
+    lines = [["command", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run", "seeds"]]
+    for (_, name, dataset, factor, _), seeds in groups.items():
+        runs, entries = zip(*seeds.values())
+        command, paper = re.sub(r" --(overwrite|(seed|out|device|data-root|stage1)[ =]\S+)", "", runs[0]["command"]), entries[0]["paper"]
+        acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
+        lines.append([f"`{command}`", name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
+                      f"{paper['all']} ({paper['source']})" if paper else "", cell([a.get("all") for a in acc]) or "not run",
+                      *(cell([a.get(k) for a in acc]) for k in ("many", "medium", "few")), cell([f.get("all") for f in flip]),
+                      cell([r["best_test"] for r in runs]), cell([r["seconds"] for r in runs]),
+                      " ".join(str(seed) for seed in seeds if seed is not None)])
+    keep = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line[k] or "-" for k in keep) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    try:
+        print(table([json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"usage: python common.py RESULTS.jsonl [MORE.jsonl ...] ({type(error).__name__}: {error})")

@@ -1,0 +1,158 @@
+"""LWR: Novel Regularization via Logit Weight Repulsion for Long-Tailed Classification. Ha, Park, Choi, BMVC 2023.
+
+A RECONSTRUCTION: only the poster is at hand, and its formula of the regulariser R_LWR is lost. What the poster fixes:
+weight vectors repel each other, a threshold theta on their cosine gates the pairs (theta = 1 gives exactly the base
+loss), a variant 'with projection' that is not the same as the one without, and a weight lambda(t) that changes over time.
+
+Idea: balanced losses pull the weight vectors of similar classes together; push apart those that are already close.
+
+    w_i: the rows of the classifier's weight, (K, D);  S = {(i, j): i != j, cos(w_i, w_j) > theta}, not differentiated
+    R   = 1/K sum_{(i,j) in S} w_i . w_j                               without projection
+    R   = 1/K sum_{(i,j) in S} sg(|w_i| |w_j|) cos(w_i, w_j)           with: its gradient at w_i is perpendicular to w_i
+    L   = L_base(z, y) + lambda(t) R,    lambda(t) = strength * t / T
+
+    L_base: bs      cross-entropy(z + log n, y)                        Balanced Softmax
+            ce-drw  cross-entropy, class-balanced after 80 % of the epochs (beta 0.9999)
+            focal   mean of (1 - p_y)^gamma (-log p_y), gamma 1
+            la      cross-entropy, test: argmax_k z_k - tau log n_k    post-hoc: in training LA with tau 1 is bs itself
+
+To reproduce: the poster's ablation, CIFAR-100-LT, IF 100: bs 46.3, bs + R 49.3, with projection 49.5, with lambda(t) 50.7.
+
+Choices where the poster is silent
+- strength 0.1 and the linear ramp are ours and not tuned; --schedule and --form keep the alternatives.
+- The recipe is LDAM-DRW's (ResNet-32, 200 epochs), the base of the same laboratory's public code.
+
+    python methods/lwr.py --base bs                       python methods/lwr.py --base bs --strength 0
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+# ---- the method
+
+
+def gate(weight, theta):
+    """(K, K) bool: the pairs i != j with cos(w_i, w_j) > theta; none at theta = 1, all at -1. weight (K, D)."""
+    direction = F.normalize(weight.detach())
+    cosine = (direction @ direction.T).clamp(-1, 1)
+    return ((cosine > theta) | (theta == -1)) & ~torch.eye(len(weight), dtype=torch.bool, device=weight.device)
+
+
+def lwr(weight, theta, project=True, form="dot"):
+    """R of the docstring, a 0-d tensor; weight (K, D). Two alternatives of the reconstruction: form "cos" is
+    1/K sum_S cos, form "hinge2" is 1/K sum_S (cos - theta)^2; neither changes norms, so project is without effect."""
+    direction, norm = F.normalize(weight), weight.detach().norm(dim=1)
+    cosine = direction @ direction.T
+    if form == "dot":
+        pairs = norm[:, None] * norm * cosine if project else weight @ weight.T
+    else:
+        pairs = cosine if form == "cos" else (cosine - theta).clamp(min=0) ** 2
+    return torch.where(gate(weight, theta), pairs, 0).sum() / len(weight)
+
+
+def strength_at(progress, schedule):
+    """lambda(t) / strength at progress = t / T in [0, 1)."""
+    return {"ramp": progress, "const": 1.0, "square": progress**2, "deferred": float(progress >= 0.8),
+            "falling": 1 - progress}[schedule]
+
+
+def base_loss(logits, labels, log_counts, weights, base, gamma):
+    """L_base. logits (B, K), labels (B,); log_counts (K,): log n_k; weights (K,): of ce-drw, all 1 before they apply."""
+    if base == "bs":
+        return F.cross_entropy(logits + log_counts, labels)
+    if base == "ce-drw":
+        return F.cross_entropy(logits, labels, weights)
+    loss = F.cross_entropy(logits, labels, reduction="none")                    # -log p_y
+    return ((1 - (-loss).exp()) ** gamma * loss).mean() if base == "focal" else loss.mean()
+
+
+def class_balanced_weights(counts, beta):
+    """(K,) weights proportional to (1 - beta) / (1 - beta^n_k), with mean 1 (Cui et al. 2019). counts: K ints."""
+    effective = 1 - beta ** torch.tensor(counts, dtype=torch.float64)
+    return (len(counts) / effective / (1 / effective).sum()).float()
+
+
+# ---- the recipe
+
+RECIPE = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, backbone="resnet32")       # LDAM-DRW's
+CHANGES = {"synthetic": dict(epochs=20, batch_size=64, backbone="small")}                       # ours, for the demo
+SOURCE = "poster"
+PAPER = {"bs": (SOURCE, {("cifar100", 100): 46.3, ("cifar100", 50): 51.2, ("cifar100", 10): 61.5}),
+         "bs+lwr": (SOURCE, {("cifar100", 100): 50.7, ("cifar100", 50): 54.3, ("cifar100", 10): 63.6}),
+         "focal": (SOURCE, {("cifar100", 100): 41.9, ("cifar100", 50): 48.2, ("cifar100", 10): 59.8}),
+         "la": (SOURCE, {("cifar100", 100): 46.5})}
+
+
+def warmup_step_lr(epoch, epochs, lr):
+    """Linear warm-up over 5 epochs; x 0.01 after 80 % of the epochs, x 0.0001 after 90 % (LDAM-DRW: 160 and 180 of 200)."""
+    if epoch < 5:
+        return lr * (epoch + 1) / 5
+    return lr * (1 if epoch < 0.8 * epochs else 0.01 if epoch < 0.9 * epochs else 0.0001)
+
+
+def parse_args(argv):
+    parser = common.base_parser(__doc__)
+    add = parser.add_argument_group("LWR").add_argument
+    add("--base", choices=["bs", "ce-drw", "focal", "la"], default="bs", help="the loss that R is added to")
+    add("--strength", type=common.NOT_NEGATIVE, default=0.1, help="of the repulsion; 0 is the base loss itself")
+    add("--theta", type=common.number(float, lambda v: -1 <= v <= 1, "in [-1, 1]"), default=0.4, help="cosine above which a pair repels")
+    add("--project", choices=["yes", "no"], default="yes", help="keep only the part of the gradient that turns a vector")
+    add("--schedule", choices=["ramp", "const", "square", "deferred", "falling"], default="ramp", help="lambda(t)")
+    add("--form", choices=["dot", "cos", "hinge2"], default="dot", help="of a pair's repulsion, see lwr()")
+    add("--gamma", type=common.NOT_NEGATIVE, default=1.0, help="of focal")
+    add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="of la, after training")
+    return common.parse(parser, argv, RECIPE, CHANGES)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    variant = args.base + "+lwr" * (args.strength > 0)
+    run = common.Run(args, "lwr", variant)
+    data = common.load_data(args, run.device)
+
+    net = common.BACKBONES[args.backbone](len(data.counts)).to(run.device, memory_format=torch.channels_last)
+    log_counts = torch.tensor(data.counts, device=run.device).log()                         # (K,)
+    strength, weights = torch.zeros((), device=run.device), torch.ones(len(data.counts), device=run.device)
+    balanced = class_balanced_weights(data.counts, 0.9999)
+    optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
+                                weight_decay=args.weight_decay, fused=True)
+    lrs = [warmup_step_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
+    run.begin(data, net, lrs)
+
+    def step(x, labels):
+        with run.autocast():
+            feat = net.features(x)
+        logits = net.fc(feat.float())
+        loss = base_loss(logits, labels, log_counts, weights, args.base, args.gamma)
+        loss = loss + strength * lwr(net.fc.weight, args.theta, args.project == "yes", args.form)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step = common.captured(step, net, optimizer)
+    net.train()
+    for epoch in run.epochs("train", args.epochs, net, optimizer):
+        common.set_lr(optimizer, lrs[epoch])
+        strength.fill_(args.strength * strength_at(epoch / args.epochs, args.schedule))
+        weights.copy_(balanced if epoch >= 0.8 * args.epochs else torch.ones_like(balanced))  # deferred re-weighting
+        losses = [step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)]
+        run.log(losses, gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
+        if run.test_now():
+            logits, _ = common.predict(net, data.test)
+            run.note_test(common.report(logits - args.tau * log_counts * (args.base == "la"), data.test.labels, data.counts)["all"])
+
+    adjustment = args.tau * log_counts * (args.base == "la")
+    (logits, _), (flipped, _) = common.predict(net, data.test), common.predict(net, data.test, flip=True)
+    acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, flipped))
+    run.finish(net, {"logits": logits}, [common.row(variant, PAPER, args, acc, acc_flip)],
+               gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
+
+
+if __name__ == "__main__":
+    common.guard(main)
