@@ -2,31 +2,73 @@
 # Every method with its baselines, then one table.
 #
 #   bash run_all.sh                  the generated data set: minutes on a CPU, nothing to download
-#   bash run_all.sh cifar100         the papers' recipes on CIFAR-100-LT (or cifar10); wants a GPU
+#   bash run_all.sh cifar100         the papers' recipes on CIFAR-100-LT (or cifar10): wants a GPU
 #
-#   SEEDS="0 1 2"   IMB="100 50 10"   JOBS=4 (runs at a time)   OUT=runs   FLAGS="--epochs 2" (for every run)
+#   SEEDS="0 1 2"  IMB="100 50 10"  JOBS=4 (runs at a time)  OUT=runs  FLAGS="--epochs 2" (for every run)
 #
-# A finished run is not run again, an interrupted one goes on; a failing run does not stop the others.
+# A recorded run is not run again, an interrupted one goes on where it was, and a failing one does not stop the others.
 set -u
-cd "$(dirname "$0")"
+cd "$(dirname "$0")" || exit 2
 dataset=${1:-synthetic}
 case "$dataset" in
-    synthetic) seeds="0" ;;
-    cifar10 | cifar100) seeds="0 1 2" ;;
+    synthetic) seeds=0 jobs=$(nproc) ;;
+    cifar10 | cifar100) seeds="0 1 2" jobs=1 ;;
     *) echo "error: usage: bash run_all.sh [synthetic | cifar10 | cifar100]" >&2; exit 2 ;;
 esac
 read -ra seeds <<< "${SEEDS:-$seeds}"
 read -ra factors <<< "${IMB:-100}"
 read -ra flags <<< "${FLAGS:-}"
-jobs=${JOBS:-1} out=${OUT:-runs}/$dataset
-mkdir -p "$out" || exit 2
+jobs=${JOBS:-$jobs}
+out=${OUT:-runs}/$dataset
+mkdir -p "$out/logs" || exit 2
+: > "$out/logs/failed"
+if ((jobs > 1)); then export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs)); fi
 
-runs=(
-    "hinge_ce.py --variant ce" "hinge_ce.py --variant ce-etf" "hinge_ce.py --variant hinge"
-    "lwr.py --base bs --strength 0" "lwr.py --base bs" "lwr.py --base ce-drw --strength 0" "lwr.py --base ce-drw"
-    "lwr.py --base focal --strength 0" "lwr.py --base focal" "lwr.py --base la --strength 0" "lwr.py --base la"
-    "rbl.py --head linear" "rbl.py --head fixed" "rbl.py --head rbl"
-    "ewb_fdr.py --variant ce" "ewb_fdr.py --variant cb" "ewb_fdr.py --variant wd"
-    "ewb_fdr.py --variant wb" "ewb_fdr.py --variant wb --cb-loss ce" "ewb_fdr.py --variant etf" "ewb_fdr.py --variant fr-etf"
-    "lort.py"
-)
+run() {  # one script with its flags, unless results.jsonl holds a run by the same command
+    local command=(methods/"$@" --dataset "$dataset" --imb-factor "$factor" --seed "$seed" --out "$out" "${flags[@]}")
+    local log="$out/logs/$(tr -c 'a-z0-9.\n' '-' <<< "$* if$factor seed$seed").txt"
+    if grep -qsF "\"command\": \"${command[*]}\"" "$out/results.jsonl"; then
+        echo "recorded: ${command[*]}"
+    else
+        echo "started:  ${command[*]}"
+        local began=$SECONDS
+        if python "${command[@]}" > "$log" 2>&1; then
+            echo "finished: ${command[*]} ($((SECONDS - began)) s)"
+        else
+            echo "FAILED:   ${command[*]}: $(tail -n 1 "$log")" | tee -a "$out/logs/failed"
+        fi
+    fi
+}
+
+weight_balancing() {  # wb's stage 1 is the wd run: the same recipe, so the same weights
+    run ewb_fdr.py --variant wd
+    local stage1="$out/ewb_fdr-wd-$dataset-if$factor-seed$seed/weights.pt"
+    run ewb_fdr.py --variant wb --stage1 "$stage1"
+    run ewb_fdr.py --variant wb --stage1 "$stage1" --cb-loss ce
+}
+
+queue() {  # run the given function and arguments in the background, `jobs` at a time
+    while (($(jobs -rp | wc -l) >= jobs)); do wait -n; done
+    "$@" &
+}
+
+for seed in "${seeds[@]}"; do
+    for factor in "${factors[@]}"; do
+        queue weight_balancing
+        for variant in ce cb etf fr-etf; do queue run ewb_fdr.py --variant $variant; done
+        queue run lort.py
+        for head in linear fixed rbl; do queue run rbl.py --head $head; done
+        for base in bs ce-drw focal la; do
+            queue run lwr.py --base $base --strength 0
+            queue run lwr.py --base $base
+        done
+        for variant in ce ce-etf hinge; do queue run hinge_ce.py --variant $variant; done
+    done
+done
+wait
+[ -s "$out/results.jsonl" ] && python common.py "$out/results.jsonl"
+if [ -s "$out/logs/failed" ]; then
+    echo "error: these runs failed, their logs are in $out/logs:" >&2
+    cat "$out/logs/failed" >&2
+    exit 1
+fi

@@ -103,7 +103,7 @@ def choose(adjust, logits, labels, counts):
 
 RECIPE = dict(epochs=320, batch_size=64, lr=0.01, backbone="resnet34", val_per_class=20,        # both codes
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
-CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.05, val_per_class=10),  # ours, for the demo
+CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
            "own": dict(val_per_class=0)}
 WB, LORT = "WB, Tables 1 and 2: flip, best test epoch", "as quoted by LORT"
 PAPER = {"ce": (WB, {("cifar100", 100): 38.38, ("cifar100", 50): 43.99, ("cifar100", 10): 57.31}),
@@ -132,7 +132,7 @@ def parse_args(argv):
     if args.stage1 and args.variant != "wb":
         common.fail(f"--stage1 is for --variant wb; {args.variant} has one stage")
     if args.weight_decay is None:
-        args.weight_decay = 0.0 if args.variant in ("ce", "cb") else 5e-3
+        args.weight_decay = 0.0 if args.variant in ("ce", "cb") else 1e-3 if args.dataset == "synthetic" else 5e-3
     args.cb_loss = args.cb_loss or ("bce" if args.variant == "wb" else "ce")
     return args
 

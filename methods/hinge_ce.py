@@ -68,7 +68,7 @@ class Projected(nn.Module):
 RECIPE = dict(epochs=256, batch_size=128, lr=0.4, weight_decay=1e-4, backbone="resnet32",  # App. B
               width=128, tau_plus=2 * math.pi / 9)                                         # Table 4: 40 degrees
 CHANGES = {"cifar10": dict(width=64, tau_plus=math.pi / 3),                                # Table 4: 60 degrees
-           "synthetic": dict(epochs=30, backbone="small", lr=0.1, width=64)}               # ours, for the demo
+           "synthetic": dict(epochs=20, batch_size=64, backbone="small", lr=0.2, width=64, tau_plus=math.pi / 3)}  # ours, for the demo
 PAPER = {"ce": ("Table 2", {("cifar10", 100): 72.8, ("cifar100", 100): 39.5}),
          "ce-etf": ("Table 2", {("cifar10", 100): 77.3, ("cifar100", 100): 42.6}),
          "hinge": ("Table 2", {("cifar10", 100): 80.4, ("cifar100", 100): 46.2})}

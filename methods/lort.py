@@ -56,7 +56,7 @@ def regularized_std(logits, labels):
 
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",       # the authors' code
               epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98)
-CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.05, lr2=0.05, weight_decay=2e-3)}  # ours, for the demo
+CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02, weight_decay=1e-3)}  # ours, for the demo
 PAPER = {"stage 1": ("Table 1: flip, best test epoch", {("cifar100", 100): 48.4}),
          "lort": ("best of 5, flip, best test epoch", {("cifar100", 100): 54.9, ("cifar100", 50): 58.8, ("cifar100", 10): 69.7})}
 
