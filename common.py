@@ -609,19 +609,21 @@ def simplex_etf(num_classes, dim, generator):
 # ---------------------------------------------------------------------------------------------------- 5 evaluation
 
 
+def mirror(split):
+    """The split with every image mirrored."""
+    return split._replace(images=split.images.flip(2))
+
+
 @torch.no_grad()
 def predict(net, split, flip=False):
     """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32.
     flip=True: the logits are the mean over the image and its mirror image."""
-    training, logits, feat = net.training, [], []
+    training = net.training
     net.eval()
-    for images in split.images.split(1000):
-        x = normalise(images, split)
-        feat.append(net.features(x))
-        views = [feat[-1], net.features(x.flip(3))] if flip else [feat[-1]]
-        logits.append(sum(net.fc(view) for view in views) / len(views))
+    feat = torch.cat([net.features(normalise(images, split)) for images in split.images.split(1000)])
+    logits = net.fc(feat)
     net.train(training)
-    return torch.cat(logits), torch.cat(feat)
+    return (logits + predict(net, mirror(split))[0]) / 2 if flip else logits, feat
 
 
 def shot_groups(counts):

@@ -86,11 +86,12 @@ def multiplicative_la(logits, counts, gamma):
     return logits * prior ** -gamma
 
 
-def with_unit_rows(net):
-    """A copy of net whose w_k have norm 1, b as it is: what multiplicative LA starts from."""
-    net = copy.deepcopy(net)
-    net.fc.weight.data = F.normalize(net.fc.weight.data)
-    return net
+@torch.no_grad()
+def unit_rows(fc):
+    """A copy of the classifier whose w_k have norm 1, b as it is: what multiplicative LA starts from."""
+    fc = copy.deepcopy(fc)
+    fc.weight.copy_(F.normalize(fc.weight))
+    return fc
 
 
 def choose(adjust, logits, labels, counts):
@@ -220,19 +221,21 @@ def main(argv=None):
             if run.test_now():
                 run.note_test(score())
 
-    unit, rows, logits = with_unit_rows(net), [], {}
-    for name, scored, adjust in ((variant, net, None), (f"{variant} + additive LA", net, additive_la),
-                                 (f"{variant} + multiplicative LA", unit, multiplicative_la)):
-        strength = choose(adjust, common.predict(scored, data.val)[0], data.val.labels, data.counts) if adjust else None
-        views = [common.predict(scored, data.test, flip)[0] for flip in (False, True)]
-        views = [adjust(z, data.counts, strength) for z in views] if adjust else views
-        acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in views)
+    splits = {"train": data.train, "val": data.val, "test": data.test, "mirrored": common.mirror(data.test)}
+    feat = {name: common.predict(net, split)[1] for name, split in splits.items()}
+    rows, logits = [], {}
+    for name, fc, adjust in ((variant, net.fc, None), (f"{variant} + additive LA", net.fc, additive_la),
+                             (f"{variant} + multiplicative LA", unit_rows(net.fc), multiplicative_la)):
+        z = {view: fc(feat[view]).detach() for view in ("val", "test", "mirrored")}
+        strength = choose(adjust, z["val"], data.val.labels, data.counts) if adjust else None
+        plain, flipped = z["test"], (z["test"] + z["mirrored"]) / 2
+        plain, flipped = (adjust(v, data.counts, strength) if adjust else v for v in (plain, flipped))
+        acc, acc_flip = (common.report(v, data.test.labels, data.counts) for v in (plain, flipped))
         rows.append(common.row(name, PAPER, args, acc, acc_flip) | {"strength": strength})
-        logits[name] = views[0]
+        logits[name] = plain
     rows.sort(key=lambda row: row["row"] == (variant if args.variant != "fr-etf" else f"{variant} + multiplicative LA"))
-    ratios = {name: common.fisher_ratio(common.predict(net, split)[1], split.labels)
-              for name, split in (("train", data.train), ("test", data.test))}
-    run.finish(net, logits, rows, fisher_ratio=ratios, tau_gamma=[row["strength"] for row in rows])
+    ratios = {name: common.fisher_ratio(feat[name], splits[name].labels) for name in ("train", "test")}
+    run.finish(net, logits, rows, fisher_ratio=ratios, strengths={row["row"]: row["strength"] for row in rows})
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def main(argv=None):
         if run.test_now():
             run.note_test(common.report(common.predict(net, data.test)[0], data.test.labels, data.counts)["all"])
 
-    (logits, _), (flipped, _) = common.predict(net, data.test), common.predict(net, data.test, flip=True)
-    acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, flipped))
+    (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
+    acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
     _, feat = common.predict(net, data.train)
     cosine = F.cosine_similarity(feat, net.fc.weight[data.train.labels])               # of u and w_y  (N,)
     coned = tau_plus[data.train.labels] > 0

@@ -88,10 +88,10 @@ def main(argv=None):
     trained = common.load_net(net, args.stage1) if args.stage1 else run.flags     # the flags of stage 1
     run.begin(data, net, lrs + lrs2)
 
-    def score(flip=False):
-        """The accuracies and the logits of the test set."""
-        logits, _ = common.predict(net, data.test, flip)
-        return common.report(logits, data.test.labels, data.counts), logits
+    def score():
+        """Test logits (N, K), and the accuracies without and with the mirror image."""
+        (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
+        return logits, *(common.report(z, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
 
     # stage 1: the whole network
     optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
@@ -113,9 +113,9 @@ def main(argv=None):
             common.set_lr(optimizer, lrs[epoch])
             run.log([step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
             if run.test_now():
-                run.note_test(score()[0]["all"])
+                run.note_test(score()[1]["all"])
     common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": trained})
-    (acc1, logits1), (acc1_flip, _) = score(), score(flip=True)
+    logits1, acc1, acc1_flip = score()
 
     # stage 2: the classifier alone, towards nearly uniform targets
     for parameter in net.parameters():
@@ -139,9 +139,9 @@ def main(argv=None):
         common.set_lr(optimizer2, lrs2[epoch])
         run.log([retarget(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
         if run.test_now():
-            run.note_test(score()[0]["all"])
+            run.note_test(score()[1]["all"])
 
-    (acc2, logits2), (acc2_flip, _) = score(), score(flip=True)
+    logits2, acc2, acc2_flip = score()
     metrics = {}
     for stage, logits in (("stage 1", logits1), ("lort", logits2)):
         magnitude, deviation = logits_magnitude(logits, data.test.labels), regularized_std(logits, data.test.labels)

@@ -117,6 +117,7 @@ def main(argv=None):
 
     net = common.BACKBONES[args.backbone](len(data.counts)).to(run.device, memory_format=torch.channels_last)
     log_counts = torch.tensor(data.counts, device=run.device).log()                         # (K,)
+    adjustment = args.tau * log_counts * (args.base == "la")                                # post-hoc
     strength, weights = torch.zeros((), device=run.device), torch.ones(len(data.counts), device=run.device)
     balanced = class_balanced_weights(data.counts, 0.9999)
     optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
@@ -145,11 +146,10 @@ def main(argv=None):
         run.log(losses, gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
         if run.test_now():
             logits, _ = common.predict(net, data.test)
-            run.note_test(common.report(logits - args.tau * log_counts * (args.base == "la"), data.test.labels, data.counts)["all"])
+            run.note_test(common.report(logits - adjustment, data.test.labels, data.counts)["all"])
 
-    adjustment = args.tau * log_counts * (args.base == "la")
-    (logits, _), (flipped, _) = common.predict(net, data.test), common.predict(net, data.test, flip=True)
-    acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, flipped))
+    (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
+    acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
     run.finish(net, {"logits": logits}, [common.row(variant, PAPER, args, acc, acc_flip)],
                gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
 

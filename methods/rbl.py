@@ -213,9 +213,9 @@ def main(argv=None):
             logits, _ = common.predict(net, data.test)
             run.note_test(common.report(logits - args.tau * log_prior, data.test.labels, data.counts)["all"])
 
-    rows, (logits, _), (flipped, _) = [], common.predict(net, data.test), common.predict(net, data.test, flip=True)
+    rows, (logits, _), (mirrored, _) = [], common.predict(net, data.test), common.predict(net, common.mirror(data.test))
     for name, tau in ((f"{args.head}, no adjustment", 0.0), (args.head, args.tau)):
-        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, flipped))
+        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
         rows.append(common.row(name, PAPER, args, acc, acc_flip))
     moved = {} if args.head == "linear" else {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
     run.finish(net, {"logits": logits}, rows, **moved)
