@@ -58,6 +58,8 @@ def number(kind, ok, wanted):
     return parse
 
 
+SAVE_EVERY = 30.0  # seconds
+AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-LT
 COUNT = number(int, lambda n: n >= 1, "1 or more")
 INDEX = number(int, lambda n: 0 <= n < 2**32, "0 or more")
 POSITIVE = number(float, lambda v: 0 < v < math.inf, "above 0")
@@ -95,13 +97,16 @@ def base_parser(doc):
     return parser
 
 
-def parse(parser, argv, recipe, changes):
-    """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images."""
+def parse(parser, argv, recipe, changes, named):
+    """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
+    args.ablated: the method's own flags that are not at their default, but for `named`, which name the row anyway."""
     dataset = parser.parse_known_args(argv)[0].dataset
     parser.set_defaults(**recipe, **({} if dataset in DATASETS else {"imb_factor": "natural"}))
     parser.set_defaults(**changes.get(dataset if dataset in DATASETS else "own", {}))
     args = parser.parse_args(argv)
-    args.command = shlex.join(["methods/" + Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    args.argv = sys.argv[1:] if argv is None else argv
+    own = [action.dest for action in parser._action_groups[-1]._group_actions if action.dest not in named]
+    args.ablated = {key: vars(args)[key] for key in own if vars(args)[key] != parser.get_default(key)}
     return args
 
 
@@ -150,7 +155,7 @@ class Run:
         if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
             fail(f"--dataset {args.dataset}: not one of {', '.join(DATASETS)}, and no such folder")
         self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], 0.0
-        self.flags = {k: v for k, v in vars(args).items() if k not in ("out", "data_root", "overwrite", "command")}
+        self.flags = {k: v for k, v in vars(args).items() if k not in ("out", "data_root", "overwrite", "argv", "ablated")}
         self.device, self.precision = self._machine()
         imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
@@ -191,7 +196,7 @@ class Run:
         precision = auto if args.precision == "auto" else args.precision
         if device.type == "cpu" and precision != "fp32":
             fail(f"--precision {precision} needs a GPU; a CPU is faster with fp32")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # convolutions; matrix products stay in fp32
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
@@ -234,7 +239,7 @@ class Run:
 
     def epochs(self, stage, total, net, optimizer):
         """Yield the epochs of `stage` still to do, from where an earlier process left it. Saves after an epoch when
-        30 s have passed (longer if saving would cost over 1 %), and after the last one."""
+        SAVE_EVERY seconds have passed (more if saving would cost over 1 %), and after the last one."""
         path, parts, start = self.folder / f"{stage}.ckpt", {"net": net, "optimizer": optimizer}, 0
         self.stage, self.total, self.optimizer = stage, total, optimizer
         if path.exists():
@@ -246,7 +251,7 @@ class Run:
                 group["lr"] = group["lr"].to(self.device)
             self.generator.set_state(state["generator"])
             start, self.history, self.best_test = state["epoch"], state["history"], state["best_test"]
-        saved, pause = time.time(), 30.0
+        saved, pause = time.time(), SAVE_EVERY
         with tqdm(total=total, initial=start, desc=stage, unit="epoch", disable=not sys.stderr.isatty()) as self.bar:
             for self.epoch in range(start, total):
                 self.began = time.time()
@@ -258,7 +263,7 @@ class Run:
                         "flags": self.flags, "generator": self.generator.get_state(), "epoch": self.epoch + 1,
                         "history": self.history, "best_test": self.best_test})
                     save(self.folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in self.history).encode())
-                    saved, pause = time.time(), max(30.0, 100 * (time.time() - saved))
+                    saved, pause = time.time(), max(SAVE_EVERY, 100 * (time.time() - saved))
 
     def log(self, losses, **extra):
         """Close an epoch. losses: the 0-d losses of its steps; one that is no number ends the run."""
@@ -290,7 +295,8 @@ class Run:
             "protocol": self.card, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
             "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
             "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None,
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": args.command}
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+            "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
         save(self.folder / "weights.pt", {"net": net.state_dict(), "flags": self.flags})
         save(self.folder / "test_logits.pt", {"labels": self.data.test.labels, **logits})
@@ -443,6 +449,8 @@ def load_data(args, device):
         folder = Path(args.dataset)
         (images, labels), test, val = own_data(folder, Path(args.data_root or folder), args.image_size)
     available = np.bincount(labels).tolist()
+    if len(available) < 2:
+        fail(f"--dataset {args.dataset} has a single class")
     counts, rule = available, "all images"
     if args.imb_factor != "natural":
         counts = exp_counts(max(available), len(available), args.imb_factor)
@@ -496,7 +504,7 @@ def normalise(images, split):
 def batches(split, batch_size, generator, augment=crop_flip):
     """Yield an epoch of (x, labels): every image once, in random order, augmented; the last batch may be short."""
     order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
-    at_once = max(1, 2**25 // (split.images[0].numel() * batch_size)) * batch_size  # up to 128 MB as floats
+    at_once = max(1, AT_ONCE // (split.images[0].numel() * batch_size)) * batch_size
     for part in order.split(at_once):
         x = normalise(augment(split.images[part], generator), split)
         yield from zip(x.split(batch_size), split.labels[part].split(batch_size))
@@ -599,8 +607,8 @@ BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": lambda num_cla
 def simplex_etf(num_classes, dim, generator):
     """(num_classes, dim): rows of unit norm with pairwise cosine -1/(K-1), sqrt(K/(K-1)) (I - 11^T/K) U^T for a uniformly
     random U (dim, K) with orthonormal columns. Raises ValueError where dim < num_classes."""
-    if dim < num_classes:
-        raise ValueError(f"a simplex ETF of {num_classes} classes needs {num_classes} dimensions or more, not {dim}")
+    if not 2 <= num_classes <= dim:
+        raise ValueError(f"a simplex ETF of {num_classes} classes needs two classes, and as many dimensions, not {dim}")
     q, r = torch.linalg.qr(torch.randn(dim, num_classes, generator=generator, device=generator.device, dtype=torch.float64))
     centred = torch.eye(num_classes).to(q) - 1 / num_classes
     return (math.sqrt(num_classes / (num_classes - 1)) * centred @ (q * r.diagonal().sign()).T).float()
@@ -643,27 +651,26 @@ def report(logits, labels, counts):
 def fisher_ratio(feat, labels):
     """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), in float64, by the definition of EWB-FDR's code:
     S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples, S_W = sum_i (f_i - mu_{y_i})(f_i - mu_{y_i})^T.
-    Dimensions that hardly vary (1e-3 of the mean feature) are left out; NaN if S_W is singular all the same."""
-    feat = feat.double()
-    threshold = 1e-3 * feat.mean().abs()
-    feat = feat[:, (feat - feat[0]).abs().amax(0) > threshold]
-    onehot = F.one_hot(labels).double()
-    n = onehot.sum(0).clamp(min=1)[:, None]
-    means = onehot.T @ feat / n  # (C, D)
+    Dimensions that hardly vary (by 1e-3 of the mean feature) are left out; NaN if S_W is singular all the same."""
+    feat, onehot = feat.double(), F.one_hot(labels).double()
+    n, threshold = onehot.sum(0)[:, None], 1e-3 * feat.mean().abs()  # (C, 1)
+    means = onehot.T @ feat / n.clamp(min=1)  # (C, D)
     between, within = (means - feat.mean(0)) * n.sqrt(), feat - means[labels]
     s_b, s_w = between.T @ between, within.T @ within
-    keep = s_w.abs().amax(0) > threshold
-    try:
-        return torch.linalg.solve(s_w[keep][:, keep], s_b[keep][:, keep]).trace().item()
-    except torch.linalg.LinAlgError:
+    keep = ((feat - feat[0]).abs().amax(0) > threshold) & (s_w.abs().amax(0) > threshold)
+    s_b, s_w = s_b[keep][:, keep], s_w[keep][:, keep]
+    if not keep.any() or torch.linalg.matrix_rank(s_w, hermitian=True) < len(s_w):
         return math.nan
+    return torch.linalg.solve(s_w, s_b).trace().item()
 
 
 # ---------------------------------------------------------------------------------------------------- 6 the table
 
 
 def row(name, paper, args, acc, acc_flip=None):
-    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it."""
+    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it. Flags of
+    the method that are not the paper's go into the row's name, and then no number of the paper stands beside it."""
+    name += "".join(f", {key.replace('_', '-')} {value}" for key, value in args.ablated.items())
     source, numbers = paper.get(name, ("", {}))
     percent = numbers.get((args.dataset, args.imb_factor))
     return {"row": name, "acc": acc, "acc_flip": acc_flip, "paper": percent and {"all": percent, "source": source}}

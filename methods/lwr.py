@@ -12,7 +12,7 @@ Idea: balanced losses pull the weight vectors of similar classes together; push 
     L   = L_base(z, y) + lambda(t) R,    lambda(t) = strength * t / T
 
     L_base: bs      cross-entropy(z + log n, y)                        Balanced Softmax
-            ce-drw  cross-entropy, class-balanced after 80 % of the epochs (beta 0.9999)
+            ce-drw  cross-entropy, class-balanced after 80 % of the epochs (beta 0.9999; mean weighted as LDAM-DRW's)
             focal   mean of (1 - p_y)^gamma (-log p_y), gamma 1
             la      cross-entropy, test: argmax_k z_k - tau log n_k    post-hoc: in training LA with tau 1 is bs itself
 
@@ -68,7 +68,7 @@ def base_loss(logits, labels, log_counts, weights, base, gamma):
     if base == "ce-drw":
         return F.cross_entropy(logits, labels, weights)
     loss = F.cross_entropy(logits, labels, reduction="none")                    # -log p_y
-    return ((1 - (-loss).exp()) ** gamma * loss).mean() if base == "focal" else loss.mean()
+    return ((1 - (-loss).exp()).clamp(min=1e-7) ** gamma * loss).mean() if base == "focal" else loss.mean()
 
 
 def class_balanced_weights(counts, beta):
@@ -106,7 +106,10 @@ def parse_args(argv):
     add("--form", choices=["dot", "cos", "hinge2"], default="dot", help="of a pair's repulsion, see lwr()")
     add("--gamma", type=common.NOT_NEGATIVE, default=1.0, help="of focal")
     add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="of la, after training")
-    return common.parse(parser, argv, RECIPE, CHANGES)
+    args = common.parse(parser, argv, RECIPE, CHANGES, named=("base",))
+    if args.strength == 0:
+        del args.ablated["strength"]  # the base loss has a row of its own
+    return args
 
 
 def main(argv=None):

@@ -1,0 +1,368 @@
+"""Each paper's mathematics, as shipped, against the formula written slowly in float64, and in its limiting cases."""
+import ast
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as transforms
+from PIL import Image
+from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms.functional import InterpolationMode
+
+import common
+import ewb_fdr
+import hinge_ce
+import lort
+import lwr
+import rbl
+from conftest import ROOT, SCRIPTS
+
+
+def rand(*shape, seed=0):
+    return torch.from_numpy(np.random.RandomState(seed).randn(*shape))  # float64
+
+
+def softmax(z):
+    e = [math.exp(v - max(z)) for v in z]
+    return [v / sum(e) for v in e]
+
+
+# ---- RBL
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 1.0, 3.0])
+def test_rotation(size):
+    base, _ = torch.linalg.qr(rand(64, 64))
+    x = rand(64, 64, seed=1) * size
+    lower = x.tril(-1)
+    slow = base @ torch.matrix_exp(lower - lower.T)
+    assert (rbl.rotation(x, base) - slow).abs().max() < 1e-10
+    single = rbl.rotation(x.float(), base.float())
+    assert (single.double() - slow).abs().max() < 1e-5 and (single @ single.T - torch.eye(64)).abs().max() < 1e-5
+    if size == 0:
+        assert (single == base.float()).all()
+
+
+def test_rotation_gradient_and_what_it_reads():
+    base, _ = torch.linalg.qr(rand(5, 5))
+    x = rand(5, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rbl.rotation(x, base), x)
+    rbl.rotation(x, base).square()[:, 0].sum().backward()
+    assert (x.grad.triu() == 0).all() and x.grad.tril(-1).abs().sum() > 0
+
+
+def test_frame():
+    frame = rbl.etf_frame(256, 100).double()
+    gram = F.normalize(frame, dim=0).T @ F.normalize(frame, dim=0)
+    off = gram[~torch.eye(100).bool()]
+    assert frame.shape == (256, 100) and (off + 1 / 255).abs().max() < 1e-6
+    assert (frame.norm(dim=0) - math.sqrt(1 - 1 / 256)).abs().max() < 1e-6
+    with pytest.raises(ValueError):
+        rbl.etf_frame(9, 10)
+
+
+def test_head_is_g_times_r_times_e():
+    head = rbl.RotatedHead(6, 8, 5, torch.Generator().manual_seed(0)).double()
+    assert torch.linalg.det(head.base).item() == pytest.approx(1) and rbl.angle_moved(head) == pytest.approx(0, abs=1e-3)
+    h = rand(3, 6)
+    with torch.no_grad():
+        head.x.copy_(rand(8, 8, seed=2))
+        a = head.x.tril(-1) - head.x.tril(-1).T
+        slow = (h @ head.g.weight.T + head.g.bias) @ head.base @ torch.matrix_exp(a) @ (torch.eye(8) - 1 / 8)[:, :5].double()
+        assert (head(h) - slow).abs().max() < 1e-6
+    assert rbl.angle_moved(head) > 10
+    fixed = rbl.RotatedHead(6, 8, 5, torch.Generator().manual_seed(0), learn=False)
+    assert (fixed(h.float()) - (fixed.g(h.float()) @ fixed.base @ fixed.frame)).abs().max() < 1e-6 and not fixed.x.requires_grad
+
+
+def test_cutout_equals_the_slow_version():
+    images = torch.randint(1, 256, (300, 32, 32, 3), dtype=torch.uint8)
+    fast = rbl.cutout(images, torch.Generator().manual_seed(5))
+    centre = torch.randint(0, 32, (2, 300, 1), generator=torch.Generator().manual_seed(5))
+    for k in range(300):
+        y, x = centre[:, k, 0].tolist()
+        slow = images[k].clone()
+        slow[max(0, y - 8):max(0, y + 8), max(0, x - 8):max(0, x + 8)] = 0
+        assert (slow == fast[k]).all()
+    share = (rbl.cutout(torch.ones(20000, 32, 32, 3, dtype=torch.uint8), torch.Generator()) == 0).double().mean()
+    assert abs(share - 0.1914) < 0.003  # the mean of a clipped 16 x 16 square
+
+
+OPERATIONS = sorted({(name, level) for pair in transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies
+                     for name, _, level in pair}, key=str)
+
+
+def by_pillow(image, name, level, sign):
+    """The operation as torchvision's own AutoAugment applies it to a Pillow image."""
+    space = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)._augmentation_space(10, (32, 32))
+    magnitudes, signed = space[name]
+    magnitude = float(magnitudes[level]) if level is not None else 0.0
+    return np.asarray(_apply_op(image, name, sign * magnitude if signed else magnitude, InterpolationMode.NEAREST, [128.0] * 3)).astype(int)
+
+
+def smooth_images(n):
+    x = F.interpolate(rand(n, 3, 8, 8), 32, mode="bicubic")
+    return (128 + 60 * x).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("name, level", OPERATIONS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_each_operation_against_pillow(name, level, sign):
+    images = smooth_images(8)
+    fast = rbl.operation(images, name, level, sign).permute(0, 2, 3, 1).numpy().astype(int)
+    slow = np.stack([by_pillow(Image.fromarray(image.permute(1, 2, 0).numpy()), name, level, sign) for image in images])
+    difference = np.abs(fast - slow)
+    assert np.mean(difference > 2) < 0.03, (difference.max(), np.mean(difference > 2))
+    assert rbl.operation(images, name, level, sign).dtype == torch.uint8
+
+
+def test_autoaugment_draws_as_the_policy_says():
+    images = smooth_images(400).permute(0, 2, 3, 1).contiguous()
+    fast = rbl.autoaugment(images.clone(), torch.Generator().manual_seed(0)).numpy().astype(int)
+    draws = torch.rand(5, 400, generator=torch.Generator().manual_seed(0))
+    policies, wrong = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies, []
+    for k in range(400):
+        policy, image = policies[int(draws[0, k] * 25)], Image.fromarray(images[k].numpy())
+        for step, (name, chance, level) in enumerate(policy):
+            if draws[1 + step, k] < chance:
+                image = Image.fromarray(by_pillow(image, name, level, -1 if draws[3 + step, k] < 0.5 else 1).astype(np.uint8))
+        wrong.append(np.mean(np.abs(np.asarray(image).astype(int) - fast[k]) > 8))
+    assert np.mean(wrong) < 0.03 and np.mean(np.array(wrong) > 0.2) < 0.05
+    assert (fast == images.numpy()).all((1, 2, 3)).mean() < 0.3
+
+
+# ---- EWB-FDR and WB
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
+def test_class_balanced_weights(beta):
+    counts = [500, 60, 7, 1]
+    v = [(1 - beta) / (1 - beta**n) for n in counts]
+    assert ewb_fdr.class_balanced_weights(counts, beta).tolist() == pytest.approx([4 * w / sum(v) for w in v])
+
+
+def test_both_class_balanced_losses():
+    logits, labels, weights = rand(6, 4), torch.tensor([0, 1, 2, 3, 3, 0]), torch.tensor([0.2, 0.5, 1.0, 2.3]).double()
+    bce = ce = 0.0
+    for z, y in zip(logits.tolist(), labels.tolist()):
+        p = softmax(z)
+        ce += weights[y].item() * -math.log(p[y]) / 6
+        for j in range(4):
+            bce += weights[y].item() * -math.log(p[j] if j == y else 1 - p[j]) / 24
+    assert ewb_fdr.class_balanced_loss(logits, labels, weights, "ce").item() == pytest.approx(ce)
+    assert ewb_fdr.class_balanced_loss(logits.float(), labels, weights.float(), "bce").item() == pytest.approx(bce, rel=1e-5)
+    sure = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)  # p = 1 exactly: the loss and gradient stay finite
+    ewb_fdr.class_balanced_loss(sure, torch.tensor([1]), weights.float(), "bce").backward()
+    assert sure.grad.isfinite().all()
+
+
+def test_at_uniform_logits_the_forms_differ_by_k_minus_one():
+    gradients = []
+    for form in ("ce", "bce"):
+        z = torch.zeros(1, 100, requires_grad=True)
+        ewb_fdr.class_balanced_loss(z, torch.tensor([3]), torch.ones(100), form).backward()
+        gradients.append(z.grad)
+    assert torch.allclose(gradients[0], 99 * gradients[1], rtol=1e-4)
+
+
+def test_feature_regularization_and_max_norm():
+    feat = rand(5, 3)
+    assert ewb_fdr.feature_regularization(feat).item() == pytest.approx(sum(v * v for f in feat.tolist() for v in f) / 10)
+    weight = rand(4, 3)
+    norms = [math.sqrt(sum(v * v for v in w)) for w in weight.tolist()]
+    delta = ewb_fdr.max_norm_threshold(weight)
+    assert delta.item() == pytest.approx(min(norms) + 0.1 * (max(norms) - min(norms)))
+    clipped = ewb_fdr.max_norm_(weight.clone(), delta)
+    for before, after, norm in zip(weight, clipped, norms):
+        assert torch.allclose(after, before * min(1, delta.item() / norm))
+    assert (ewb_fdr.max_norm_(weight.clone(), 1e9) == weight).all()
+    assert ewb_fdr.max_norm_(torch.zeros(2, 3), 0.5).isfinite().all()
+
+
+def test_logit_adjustments():
+    logits, counts = rand(5, 3), [90, 9, 1]
+    for i in range(5):
+        for k, n in enumerate(counts):
+            assert ewb_fdr.additive_la(logits, counts, 1.3)[i, k].item() == pytest.approx(logits[i, k].item() - 1.3 * math.log(n / 100))
+            assert ewb_fdr.multiplicative_la(logits, counts, 0.7)[i, k].item() == pytest.approx(logits[i, k].item() * (n / 100) ** -0.7)
+    assert (ewb_fdr.additive_la(logits, counts, 0.0) == logits).all() and (ewb_fdr.multiplicative_la(logits, counts, 0.0) == logits).all()
+
+
+def test_unit_rows_and_the_choice_of_strength():
+    fc = torch.nn.Linear(4, 3)
+    unit = ewb_fdr.unit_rows(fc)
+    assert torch.allclose(unit.weight.norm(dim=1), torch.ones(3)) and (unit.bias == fc.bias).all() and (fc.weight != unit.weight).any()
+    counts, labels = [90, 9, 1], torch.tensor([0, 1, 2])
+    logits = torch.tensor([[9.0, 0, 0], [2.0, 0, 0], [4.0, 0, 0]])  # tau in (2 / log 10, 4.5 / log 10 ...) turns them right
+    tau = ewb_fdr.choose(ewb_fdr.additive_la, logits, labels, counts)
+    best = common.report(ewb_fdr.additive_la(logits, counts, tau), labels, counts)["all"]
+    scores = [common.report(ewb_fdr.additive_la(logits, counts, k / 20), labels, counts)["all"] for k in range(61)]
+    assert best == max(scores) and tau == scores.index(best) / 20 and tau > 0
+
+
+# ---- LWR
+
+def slow_lwr(weight, theta, project):
+    w, total = weight.tolist(), 0.0
+    norm = [math.sqrt(sum(v * v for v in row)) for row in w]
+    for i in range(len(w)):
+        for j in range(len(w)):
+            dot = sum(a * b for a, b in zip(w[i], w[j]))
+            if i != j and dot / norm[i] / norm[j] > theta:
+                total += dot
+    return total / len(w)
+
+
+@pytest.mark.parametrize("theta", [-1.0, 0.0, 0.2, 0.4, 1.0])
+def test_lwr_value_and_gradient(theta):
+    weight = (rand(7, 5) + 0.7).requires_grad_()
+    gradients = {}
+    for project in (True, False):
+        value = lwr.lwr(weight, theta, project)
+        assert value.item() == pytest.approx(slow_lwr(weight.detach(), theta, project))  # sg changes gradients, not values
+        gradients[project], = torch.autograd.grad(value, weight)
+    radial = (gradients[True] * weight).sum(1)
+    assert radial.abs().max() < 1e-12
+    pairs = lwr.gate(weight, theta).double()
+    assert torch.allclose(gradients[False], 2 / 7 * pairs @ weight)
+    direction = F.normalize(weight.detach())
+    tangential = gradients[False] - (gradients[False] * direction).sum(1, keepdim=True) * direction
+    assert torch.allclose(gradients[True], tangential)
+    if theta == 1:
+        assert (gradients[True] == 0).all() and (gradients[False] == 0).all()
+    if 0 <= theta < 1:
+        assert ((gradients[False] * weight).sum(1).abs() > 1e-3).any()
+
+
+def test_lwr_gate_at_its_ends_and_the_other_forms():
+    weight = rand(6, 4).float()
+    weight[1], weight[2] = weight[0], -weight[0]  # parallel and opposite pairs
+    assert lwr.gate(weight, 1.0).sum() == 0 and lwr.gate(weight, -1.0).sum() == 30
+    cosine = F.cosine_similarity(weight[:, None], weight[None], dim=2)
+    chosen = (cosine > 0.2) & ~torch.eye(6).bool()
+    assert lwr.lwr(weight, 0.2, form="cos").item() == pytest.approx(cosine[chosen].sum().item() / 6, rel=1e-5)
+    assert lwr.lwr(weight, 0.2, form="hinge2").item() == pytest.approx(((cosine[chosen] - 0.2) ** 2).sum().item() / 6, rel=1e-5)
+
+
+def test_lwr_base_losses():
+    logits, labels, counts = rand(5, 3), torch.tensor([0, 1, 2, 2, 0]), [50, 20, 2]
+    log_counts, weights = torch.tensor(counts).double().log(), torch.tensor([0.5, 1.0, 2.0]).double()
+    expected = {"bs": [], "la": [], "focal": []}
+    for z, y in zip(logits.tolist(), labels.tolist()):
+        p, balanced = softmax(z), [n * math.exp(v) for n, v in zip(counts, z)]
+        expected["bs"].append(-math.log(balanced[y] / sum(balanced)))
+        expected["la"].append(-math.log(p[y]))
+        expected["focal"].append((1 - p[y]) ** 1.5 * -math.log(p[y]))
+    for base, values in expected.items():
+        assert lwr.base_loss(logits, labels, log_counts, weights, base, 1.5).item() == pytest.approx(sum(values) / 5)
+    w = weights[labels]
+    drw = lwr.base_loss(logits, labels, log_counts, weights, "ce-drw", 0)
+    assert drw.item() == pytest.approx(sum(a * b for a, b in zip(w.tolist(), expected["la"])) / w.sum().item())
+    assert lwr.base_loss(logits, labels, log_counts, weights, "focal", 0.0).item() == pytest.approx(sum(expected["la"]) / 5)
+    assert [lwr.strength_at(0.5, s) for s in ("ramp", "const", "square", "deferred", "falling")] == [0.5, 1.0, 0.25, 0.0, 0.5]
+
+
+# ---- LORT
+
+@pytest.mark.parametrize("delta", [0.0, 0.2, 0.98])
+def test_lort_loss(delta):
+    logits, labels, slow = rand(6, 5), torch.tensor([0, 1, 2, 3, 4, 4]), 0.0
+    for z, y in zip(logits.tolist(), labels.tolist()):
+        p = softmax(z)
+        slow -= sum((delta / 5 + (1 - delta) * (i == y)) * math.log(p[i]) for i in range(5)) / 6
+    assert lort.lort_loss(logits, labels, delta).item() == pytest.approx(slow)
+    assert lort.lort_loss(logits, labels, 0.0).item() == pytest.approx(F.cross_entropy(logits, labels).item())
+
+
+def test_lort_optimum_is_the_gap_of_the_targets():
+    z = torch.zeros(1, 100, dtype=torch.float64)
+    z[0, 3] = math.log(1 + 100 * 0.02 / 0.98)  # 1.112, where the softmax equals the targets
+    z.requires_grad_()
+    lort.lort_loss(z, torch.tensor([3]), 0.98).backward()
+    assert z.grad.abs().max() < 1e-12
+
+
+def test_lort_metrics():
+    logits, labels = rand(9, 3), torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 1])
+    for i in range(3):
+        own = [logits[n, i].item() for n in range(9) if labels[n] == i]
+        other = [logits[n, i].item() for n in range(9) if labels[n] != i]
+        gap = sum(own) / len(own) - sum(other) / len(other)
+        assert lort.logits_magnitude(logits, labels)[i].item() == pytest.approx(gap)
+        assert lort.regularized_std(logits, labels)[i].item() == pytest.approx(np.std(own + other) / gap)
+
+
+# ---- HingeCE
+
+def slow_hinge(feat, labels, weight, tau_plus, tau_minus):
+    out = []
+    for u, y in zip(feat.tolist(), labels.tolist()):
+        row, norm = [], math.sqrt(sum(v * v for v in u))
+        for k, w in enumerate(weight.tolist()):
+            inner, length = sum(a * b for a, b in zip(u, w)), math.sqrt(sum(v * v for v in w))
+            row.append(min(inner, norm * length * math.cos(tau_plus[k])) if k == y else
+                       max(inner, norm * length * math.cos(tau_minus[y])))
+        out.append(row)
+    return out
+
+
+def test_hinge_logits():
+    weight, labels = common.simplex_etf(5, 8, torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 3, 4, 0, 4])
+    feat = 3 * weight[labels] + 0.7 * rand(7, 8)
+    for tau_minus in (math.pi, 1.2, torch.tensor([math.pi, 1.2, 1.3, 1.0, 1.1]).double()):
+        tau_plus = torch.tensor([0.0, 0.3, 0.6, 0.9, 1.2]).double()
+        slow = slow_hinge(feat, labels, weight, tau_plus.tolist(), torch.as_tensor(tau_minus).expand(5).tolist())
+        assert np.allclose(hinge_ce.hinge_logits(feat, labels, weight, tau_plus, tau_minus), slow, atol=1e-12)
+    along = 3 * weight.float()[labels]  # where rounding could mistake <w, u> for |u| |w| cos 0
+    assert (hinge_ce.hinge_logits(along, labels, weight.float(), torch.zeros(5), math.pi) == along @ weight.float().T).all()
+
+
+def test_hinge_gradients():
+    weight, labels = common.simplex_etf(4, 4, torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 3])
+    inside = (5 * weight + 0.05 * rand(4, 4)).requires_grad_()
+    tau = torch.full((4,), math.radians(30)).double()
+    own = hinge_ce.hinge_logits(inside, labels, weight, tau, math.pi).diagonal().sum()
+    assert (torch.autograd.grad(own, inside)[0] == 0).all()  # in the cone the logit is constant: |u| is not differentiated
+    theta = math.acos(-1 / 3)
+    logits = hinge_ce.hinge_logits(inside, labels, weight, tau, theta - tau)
+    assert (torch.autograd.grad(F.cross_entropy(logits, labels), inside)[0] == 0).all()  # Theorem 1
+    logits = hinge_ce.hinge_logits(inside, labels, weight, tau, math.pi)
+    assert torch.autograd.grad(F.cross_entropy(logits, labels), inside)[0].abs().max() > 1e-5  # with tau- = pi it does not hold
+
+
+# ---- the schedules
+
+def test_schedules_follow_the_papers_recipes():
+    rbl_lrs = [rbl.warmup_cosine_lr(e, 600, 0.1) for e in range(600)]
+    assert rbl_lrs[0] == pytest.approx(0.05625) and rbl_lrs[7] == pytest.approx(0.1) and rbl_lrs[-1] == pytest.approx(0, abs=1e-12)
+    assert rbl_lrs[300] == pytest.approx(0.05 * (1 + math.cos(math.pi * 293 / 592)))
+    steps = [lwr.warmup_step_lr(e, 200, 0.1) for e in range(200)]
+    assert steps[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    assert steps[159] == 0.1 and steps[160] == pytest.approx(1e-3) and steps[179] == pytest.approx(1e-3) and steps[180] == pytest.approx(1e-5)
+    assert [lort.cosine_lr(e, 4, 0.01) for e in range(4)] == pytest.approx([0.01, 0.005 * (1 + math.sqrt(0.5)), 0.005, 0.005 * (1 - math.sqrt(0.5))])
+
+
+# ---- the copies
+
+def functions(path):
+    return {node.name: ast.dump(node) for node in ast.parse(path.read_text()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_a_function_that_stands_in_two_scripts_is_the_same():
+    seen = {}
+    for path in [ROOT / "common.py", *(ROOT / "methods" / f"{name}.py" for name in SCRIPTS)]:
+        for name, body in functions(path).items():
+            if name not in ("main", "parse_args"):
+                assert seen.setdefault(name, body) == body, f"{name} in {path.name} differs from an earlier one"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script):
+    text = (ROOT / "methods" / f"{script}.py").read_text()
+    both = text + (ROOT / "common.py").read_text()
+    for node in ast.walk(ast.parse(both)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add":
+            flag = node.args[0].value.removeprefix("--").replace("-", "_")
+            assert f"args.{flag}" in both.replace(f'add("--{flag}', ""), flag
+            help_text = next(k.value for k in node.keywords if k.arg == "help")
+            assert "default" not in ast.unparse(help_text)
