@@ -231,7 +231,8 @@ class Run:
             "schedule": ", ".join(f"lr {lrs[e]:.4g} in epoch {e + 1}" for e in turns) + f" of {len(lrs)}; batch {args.batch_size}",
             "arithmetic": f"{self.precision} on {self.machine}, seed {args.seed}",
             "reported": "last epoch, one view; 'flip' is the mean of the logits of an image and its mirror image"}
-        print(f"{self.method}, {self.variant} -> {self.folder}", *(f"  {k + ':':14}{v}" for k, v in self.card.items()), sep="\n")
+        print(f"{self.method}, {self.variant} -> {self.folder}", *(f"  {k + ':':14}{v}" for k, v in self.card.items()),
+              sep="\n", flush=True)
 
     def autocast(self):
         """For the forward pass: bf16 where --precision says so. Losses are computed outside of it, in fp32."""
@@ -313,11 +314,10 @@ class Run:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             if line not in (text := file.read()):
-                try:
-                    file.write(line if text[-1:] in (b"", b"\n") else b"\n" + line)
-                except OSError:
+                line = line if text[-1:] in (b"", b"\n") else b"\n" + line
+                if file.write(line) < len(line):  # a full disk takes a part and says nothing
                     file.truncate(len(text))
-                    raise
+                    raise OSError(f"no space for the result line in {file.name}")
 
 
 # ---------------------------------------------------------------------------------------------------- 2 data
@@ -409,7 +409,7 @@ def own_data(folder, root, size):
             files[part] = [(p, c.name) for c in sorted((folder / part).iterdir()) if c.is_dir()
                            for p in sorted(c.iterdir()) or [c] if not p.name.startswith(".")]
         elif len(lists := list(folder.glob(f"*{part}.txt"))) == 1:
-            lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text().splitlines() if line.strip()]
+            lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
             if wrong := [line for line in lines if len(line) != 2]:
                 fail(f"{lists[0]}: '{wrong[0][0]}' is not a line `path label`")
             files[part] = [(root / path, label) for path, label in lines]

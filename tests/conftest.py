@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
 
 import pytest
 
@@ -13,11 +16,15 @@ def call(tmp_path):
     """call("rbl", "--epochs", 1, ...) runs a script's main() here, on the synthetic set, and returns its exit code."""
     def call(script, *flags, out=tmp_path / "runs"):
         import common
-        module = __import__(script)
+        module, runs, init = __import__(script), [], common.Run.__init__
         argv = ["--dataset", "synthetic", "--device", "cpu", "--out", out, *flags]
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common.Run, "__init__", lambda run, *args: (runs.append(run), init(run, *args))[1])
             common.guard(lambda: module.main([str(flag) for flag in argv]))
             raise SystemExit(0)
+        for run in runs:
+            if hasattr(run, "lock"):
+                run.lock.close()  # as the end of a process would
         return stop.value.code
     return call
 

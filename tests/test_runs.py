@@ -1,0 +1,320 @@
+"""Whole runs: repeatable, resumable, honest about the test set; results are neither lost nor mixed."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import common
+from conftest import ROOT, SCRIPTS
+
+TINY = ("--epochs", "2", "--imb-factor", "100")
+MODES = {"ewb_fdr": [("--variant", v) for v in ("ce", "cb", "wd", "wb", "etf", "fr-etf")] + [("--variant", "wb", "--cb-loss", "ce")],
+         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "theta")],
+         "lort": [(), ("--bn", "eval")],
+         "lwr": [("--base", b) for b in ("bs", "ce-drw", "focal", "la")] + [("--project", "no", "--schedule", "const")],
+         "rbl": [("--head", h) for h in ("rbl", "fixed", "linear")] + [("--augment", "strong")]}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    path, = folder.glob("*/weights.pt")
+    return common.load(path)["net"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_script_is_listed():
+    assert sorted(MODES) == SCRIPTS
+
+
+@pytest.mark.parametrize("script, mode", [(script, mode) for script in SCRIPTS for mode in MODES[script]])
+def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, script, mode):
+    assert call(script, *TINY, *mode) == 0
+    out = capsys.readouterr().out
+    result, = lines(tmp_path / "runs")
+    assert result["method"] == script and result["subset"]["sha256"] in out and "| all | many | medium | few |" in out
+    assert all(0 <= row[kind][group] <= 100 for row in result["rows"] for kind in ("acc", "acc_flip") for group in ("all", "many", "few"))
+    folder = next((tmp_path / "runs").glob("*/"))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    first = [h["loss"] for h in log if h["stage"] == log[0]["stage"]]
+    assert (first[-1] < first[0] or "theta" in mode) and not list(folder.glob("*.ckpt"))
+    saved = common.load(folder / "test_logits.pt")
+    logits = {k: v for k, v in saved.items() if k != "labels"}
+    assert all(v.shape == (1000, 20) for v in logits.values())
+    headline = list(logits.values())[-1] if script != "ewb_fdr" else logits[result["row"]]
+    if script != "rbl" and "la" not in mode:  # these keep the logits before the adjustment
+        counts = common.load_data(common_arguments(result["flags"]), torch.device("cpu")).counts
+        assert common.report(headline, saved["labels"], counts) == result["acc"]
+    assert not [str(w.message) for w in recwarn if w.category is not ResourceWarning]  # the lock is held to the process's end
+
+
+def common_arguments(flags):
+    return __import__("types").SimpleNamespace(**flags, data_root=None)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_same_command_gives_the_same_numbers(call, tmp_path, script):
+    for out in ("a", "b"):
+        assert call(script, *TINY, out=tmp_path / out) == 0
+    a, b = (lines(tmp_path / out)[0] for out in ("a", "b"))
+    assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert call(script, *TINY, "--seed", "1", out=tmp_path / "c") == 0
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, monkeypatch, script):
+    """With other test images the weights and every choice stay; with other validation images the weights stay."""
+    flags = (*TINY, "--eval-every", "1", "--val-per-class", "10")
+    real, outcome = common.load_data, {}
+    for change in ("nothing", "test", "val"):
+        def load(args, device):
+            data = real(args, device)
+            part = {"test": data.test, "val": data.val}.get(change)
+            return data._replace(**{change: part._replace(images=255 - part.images, labels=part.labels.flip(0))}) if part else data
+        monkeypatch.setattr(common, "load_data", load)
+        assert call(script, *flags, out=tmp_path / change) == 0
+        outcome[change] = lines(tmp_path / change)[0], weights(tmp_path / change)
+    assert same(outcome["nothing"][1], outcome["test"][1]) and same(outcome["nothing"][1], outcome["val"][1])
+    assert outcome["nothing"][0]["acc"] != outcome["test"][0]["acc"]
+    if script == "ewb_fdr":
+        assert outcome["nothing"][0]["metrics"]["strengths"] == outcome["test"][0]["metrics"]["strengths"]
+
+
+def test_strength_zero_and_theta_one_are_the_base(call, tmp_path):
+    for name, flags in {"base": ("--strength", 0), "gated": ("--theta", 1), "lwr": ("--theta", 0.0, "--strength", 5)}.items():
+        assert call("lwr", *TINY, *flags, out=tmp_path / name) == 0
+    assert same(weights(tmp_path / "base"), weights(tmp_path / "gated"))
+    assert not same(weights(tmp_path / "base"), weights(tmp_path / "lwr"))
+
+
+def test_eval_every_reports_the_best_and_changes_nothing(call, tmp_path):
+    assert call("hinge_ce", *TINY, out=tmp_path / "a") == 0
+    assert call("hinge_ce", *TINY, "--eval-every", "1", out=tmp_path / "b") == 0
+    a, b = lines(tmp_path / "a")[0], lines(tmp_path / "b")[0]
+    assert a["best_test"] is None and b["best_test"] >= b["acc"]["all"] and a["acc"] == b["acc"]
+
+
+def test_stage_one_is_shared_where_the_recipe_is_equal(call, tmp_path, capsys):
+    assert call("ewb_fdr", *TINY, "--variant", "wd") == 0 and call("ewb_fdr", *TINY, "--variant", "wb") == 0
+    stage1 = next((tmp_path / "runs").glob("ewb_fdr-wd-*/weights.pt"))
+    shared = tmp_path / "shared"
+    assert call("ewb_fdr", *TINY, "--variant", "wb", "--stage1", stage1, out=shared) == 0
+    trained = lines(tmp_path / "runs")[1]
+    # stage 2 shuffles on from stage 1's random numbers when one process does both, and afresh otherwise
+    assert trained["row"] == lines(shared)[0]["row"] == "wb"
+    capsys.readouterr()
+    assert call("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", stage1, out=tmp_path / "other") == 2
+    assert "--epochs" in capsys.readouterr().err
+    assert call("lort", *TINY, "--stage1", stage1, out=shared) == 0
+    assert lines(shared)[1]["rows"][0]["acc"] == next(row for row in lines(tmp_path / "runs")[0]["rows"] if row["row"] == "wd")["acc"]
+
+
+# ---- finished, other flags, foreign files
+
+def test_a_finished_run_is_not_run_again_and_other_flags_are_refused(call, refused, tmp_path, capsys):
+    assert call("hinge_ce", *TINY) == 0
+    (tmp_path / "runs" / "results.jsonl").unlink()  # the line comes back from the run's folder
+    began = time.time()
+    assert call("hinge_ce", *TINY) == 0 and time.time() - began < 1
+    assert "is finished" in capsys.readouterr().out and len(lines(tmp_path / "runs")) == 1
+    assert call("hinge_ce", *TINY) == 0 and len(lines(tmp_path / "runs")) == 1
+    refused("hinge_ce", "--epochs", "3", words=["--epochs 2", "3", "--overwrite"])
+    refused("hinge_ce", *TINY, "--tau-plus", "0.5", words=["--tau-plus"])
+    assert call("hinge_ce", "--epochs", "1", "--overwrite") == 0
+    assert [line["flags"]["epochs"] for line in lines(tmp_path / "runs")] == [2, 1]
+
+
+@pytest.fixture
+def interrupted(call, tmp_path, monkeypatch, capsys):
+    """A hinge_ce run of 3 epochs that was stopped after its first; returns its checkpoint."""
+    monkeypatch.setattr(common, "SAVE_EVERY", 0.0)
+    real = common.Run.log
+
+    def log(run, losses):
+        real(run, losses)
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common.Run, "log", log)
+    assert call("hinge_ce", "--epochs", "3") == 130
+    monkeypatch.setattr(common.Run, "log", real)
+    checkpoint, = (tmp_path / "runs").glob("*/*.ckpt")
+    capsys.readouterr()
+    return checkpoint
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(call, interrupted, tmp_path, capsys):
+    assert common.load(interrupted)["epoch"] == 1
+    assert call("hinge_ce", "--epochs", "3") == 0
+    assert call("hinge_ce", "--epochs", "3", out=tmp_path / "whole") == 0
+    assert lines(tmp_path / "runs")[0]["acc"] == lines(tmp_path / "whole")[0]["acc"]
+    assert same(weights(tmp_path / "runs"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("damage", ["half", "flipped bit", "text", "empty", "foreign", "other flags"])
+def test_a_damaged_or_foreign_checkpoint_is_refused(refused, interrupted, damage):
+    data = interrupted.read_bytes()
+    if damage == "flipped bit":
+        data = bytearray(data)
+        data[len(data) // 2] ^= 1
+    elif damage in ("foreign", "other flags"):
+        state = common.load(interrupted)
+        state = {"fc.weight": torch.zeros(3)} if damage == "foreign" else state | {"flags": state["flags"] | {"lr": 0.3}}
+        torch.save(state, interrupted)
+        data = interrupted.read_bytes()
+    interrupted.write_bytes({"half": data[:len(data) // 2], "text": b"hello", "empty": b""}.get(damage, bytes(data)))
+    refused("hinge_ce", "--epochs", "3", words=["--overwrite" if damage == "other flags" else "ckpt"])
+
+
+def test_a_malicious_checkpoint_is_not_executed(refused, interrupted, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+    torch.save({"net": Bomb()}, interrupted)
+    refused("hinge_ce", "--epochs", "3")
+    assert not (tmp_path / "boom").exists()
+
+
+KILLER = """
+import os, random, shutil, signal, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/methods"]
+import torch, torchvision, common, {script}
+torch.set_num_threads(1)
+common.SAVE_EVERY = 0.0
+argv = {argv!r}
+random.seed(0)
+def child():
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        common.guard(lambda: {script}.main(argv))
+        os._exit(0)
+    return pid
+kills, longest, resumed = 0, {longest}, 0
+while kills < {kills}:
+    pid = child()
+    time.sleep(random.uniform(0.02, longest))
+    if os.waitpid(pid, os.WNOHANG)[0]:
+        shutil.rmtree({out!r})  # it was done before the kill: start over
+        continue
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    kills += 1
+    resumed += any(name.endswith(".ckpt") for _, _, names in os.walk({out!r}) for name in names)
+pid = child()
+assert os.waitpid(pid, 0)[1] == 0
+print(kills, resumed)
+"""
+
+
+@pytest.mark.parametrize("script, kills", [("lort", 12), ("ewb_fdr", 8)])
+def test_killed_at_random_moments_it_ends_with_the_same_result(tmp_path, script, kills):
+    """SIGKILL at 20 moments in all: at the start, in both stages, while saving; then the run is completed."""
+    flags = ["--dataset", "synthetic", "--device", "cpu", "--epochs", "6", *(["--variant", "wb"] if script == "ewb_fdr" else [])]
+    for out, number in (("whole", 0), ("killed", kills)):
+        argv = [*flags, "--out", str(tmp_path / out)]
+        code = KILLER.format(root=str(ROOT), script=script, argv=argv, kills=number, longest=1.5, out=str(tmp_path / out))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) == kills and int(done.stdout.split()[1]) >= kills // 4  # most kills left something to resume
+    a, b = lines(tmp_path / "whole"), lines(tmp_path / "killed")
+    assert len(b) == 1 and a[0]["rows"] == b[0]["rows"] and a[0]["metrics"] == b[0]["metrics"]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+# ---- side by side, and out of room
+
+def start(*flags, out, **kwargs):
+    command = [sys.executable, str(ROOT / "methods" / "hinge_ce.py"), "--dataset", "synthetic", "--device", "cpu", "--out", str(out), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_runs_started_at_once_lose_nothing(tmp_path):
+    processes = [start("--epochs", "1", "--seed", seed, out=tmp_path) for seed in ("0", "1", "1")]
+    ends = [process.communicate(timeout=200) + (process.returncode,) for process in processes]
+    assert ends[0][2] == 0 and sorted(end[2] for end in ends[1:]) in ([0, 0], [0, 2])  # the twin is refused, or finds it finished
+    assert all("in use by another process" in end[1] for end in ends if end[2] == 2)
+    assert sorted(line["seed"] for line in lines(tmp_path)) == [0, 1]
+
+
+def test_a_full_disk_ends_with_one_line_and_keeps_what_was_there(tmp_path):
+    assert start("--epochs", "1", out=tmp_path).wait(200) == 0
+    before = (tmp_path / "results.jsonl").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, len(before) + 100))  # no file may grow beyond this
+    process = start("--epochs", "1", "--seed", "1", out=tmp_path, preexec_fn=limit)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1 and "intact" in err, err
+    assert (tmp_path / "results.jsonl").read_bytes() == before and not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+    code = f"""
+import sys, resource; sys.path.insert(0, {str(ROOT)!r})
+import common
+from types import SimpleNamespace
+run = common.Run.__new__(common.Run); run.args = SimpleNamespace(out={str(tmp_path)!r})
+common.Run._record(run, {{"a": 1}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+common.guard(lambda: common.Run._record(run, {{"b": "x" * 100}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "error" in done.stderr and (tmp_path / "results.jsonl").read_text() == '{"a": 1}\n'
+
+
+def test_a_folder_that_vanishes_ends_with_one_line(call, tmp_path, monkeypatch, capsys):
+    real = common.Run.log
+
+    def log(run, losses):
+        real(run, losses)
+        __import__("shutil").rmtree(run.folder)
+    monkeypatch.setattr(common.Run, "log", log)
+    assert call("hinge_ce", *TINY) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    process = start("--epochs", "1000", out=tmp_path)
+    for line in process.stdout:
+        if "reported" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on" in err and "Traceback" not in err
+
+
+def test_out_of_gpu_memory_names_the_flag(call, monkeypatch, capsys):
+    monkeypatch.setattr(common, "predict", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA")))
+    assert call("hinge_ce", *TINY) == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(call, capsys):
+    assert call("hinge_ce", "--variant", "ce", "--lr", "1e6", "--warmup", "0", *TINY) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and "epoch 1" in err and "--lr" in err
+
+
+# ---- run_all.sh
+
+def run_all(*words, **environment):
+    return subprocess.run(["bash", "run_all.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"} | environment)
+
+
+def test_run_all_refuses_an_unknown_set():
+    done = run_all("imagenet")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
