@@ -108,7 +108,7 @@ RECIPE = dict(epochs=320, batch_size=64, lr=0.01, backbone="resnet34", val_per_c
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
            "own": dict(val_per_class=0)}
-WB, LORT = "WB, Tables 1 and 2: flip, best test epoch", "as quoted by LORT"
+WB, LORT = "WB, Table 2: best test epoch", "as quoted by LORT"
 PAPER = {"ce": (WB, {("cifar100", 100): 38.38, ("cifar100", 50): 43.99, ("cifar100", 10): 57.31}),
          "wd": (WB, {("cifar100", 100): 46.08, ("cifar100", 50): 52.71, ("cifar100", 10): 66.03}),
          "wb": (WB, {("cifar100", 100): 53.35, ("cifar100", 50): 57.71, ("cifar100", 10): 68.67}),

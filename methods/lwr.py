@@ -18,7 +18,7 @@ Idea: balanced losses pull the weight vectors of similar classes together; push 
 
 To reproduce: the poster's ablation, CIFAR-100-LT, IF 100: bs 46.3, bs + R 49.3, with projection 49.5, with lambda(t) 50.7.
 
-Choices where the poster is silent
+Departures and choices where the poster is silent
 - strength 0.1 and the linear ramp are ours and not tuned; --schedule and --form keep the alternatives.
 - The recipe is LDAM-DRW's (ResNet-32, 200 epochs), the base of the same laboratory's public code.
 

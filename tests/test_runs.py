@@ -312,9 +312,51 @@ def test_a_loss_that_is_no_number_stops_the_run(call, capsys):
 
 def run_all(*words, **environment):
     return subprocess.run(["bash", "run_all.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"} | environment)
+                          env=os.environ | environment)
 
 
 def test_run_all_refuses_an_unknown_set():
     done = run_all("imagenet")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+FAKE_PYTHON = """#!{python}
+import json, os, sys, time
+args = sys.argv[1:]
+if args[0] == "common.py":
+    os.execv({python!r}, [{python!r}] + args)
+flags = dict(zip(args[1::2], args[2::2]))
+name = args[0].split("/")[1][:-3] + "-" + flags.get("--variant", flags.get("--base", flags.get("--head", "")))
+with open(os.environ["TRACE"], "a") as file:
+    file.write(" ".join(args) + "\\n")
+if name == os.environ.get("BREAK"):
+    sys.exit("error: broken on purpose")
+if "--stage1" in flags and not os.path.exists(flags["--stage1"]):
+    sys.exit("error: no stage 1")
+if name == "ewb_fdr-wd":
+    time.sleep(0.3)
+    folder = f"{{flags['--out']}}/ewb_fdr-wd-{{flags['--dataset']}}-if{{flags['--imb-factor']}}-seed{{flags['--seed']}}"
+    os.makedirs(folder)
+    open(folder + "/weights.pt", "w").close()
+row = {{"row": name, "acc": {{"all": 1.0}}, "acc_flip": None, "paper": None}}
+with open(flags["--out"] + "/results.jsonl", "a") as file:
+    file.write(json.dumps({{"method": name, "dataset": flags["--dataset"], "imb_factor": 1.0, "seed": int(flags["--seed"]), "flags": {{}},
+                           "rows": [row], "best_test": None, "seconds": 1.0, "command": " ".join(args)}}) + "\\n")
+"""
+
+
+def test_run_all_skips_what_is_recorded_and_goes_on_after_a_failure(tmp_path):
+    """With a `python` that only notes what it was asked to do: 22 runs a seed and imbalance factor."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(FAKE_PYTHON.format(python=sys.executable))
+    (tmp_path / "bin" / "python").chmod(0o755)
+    trace = tmp_path / "trace"
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "TRACE": str(trace), "JOBS": "3",
+                   "SEEDS": "0 1", "IMB": "100 50"}
+    done = run_all("cifar100", BREAK="rbl-fixed", **environment)
+    assert done.returncode == 1 and done.stderr.count("rbl.py --head fixed") == 4 and "broken on purpose" in done.stderr
+    assert len(trace.read_text().splitlines()) == 4 * 22 and done.stdout.count("finished:") == 4 * 21 and "| rbl-rbl |" in done.stdout
+    trace.unlink()
+    done = run_all("cifar100", **environment)  # what failed is run again, and nothing else
+    assert done.returncode == 0 and done.stdout.count("recorded:") == 4 * 21, done.stderr
+    assert [line.split()[:3] for line in trace.read_text().splitlines()] == [["methods/rbl.py", "--head", "fixed"]] * 4
