@@ -12,19 +12,19 @@ import math
 import os
 import re
 import shlex
-import statistics
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 # ---------------------------------------------------------------------------------------------------- 1 the run
 
@@ -40,12 +40,12 @@ def guard(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the last saved epoch", file=sys.stderr)
+        print("\nstopped: the same command, without --overwrite, goes on from the last saved epoch", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.cuda.OutOfMemoryError:
         fail("out of GPU memory: lower --batch-size, with --overwrite")
     except (OSError, MemoryError) as error:
-        fail(f"{error or 'out of memory'}: what was saved is intact, the same command goes on from there")
+        fail(f"{error or 'out of memory'}: what was saved is intact; the same command, without --overwrite, goes on from there")
 
 
 def number(kind, ok, wanted):
@@ -60,8 +60,8 @@ def number(kind, ok, wanted):
 
 SAVE_EVERY = 30.0  # seconds
 AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-LT
-COUNT = number(int, lambda n: n >= 1, "1 or more")
-INDEX = number(int, lambda n: 0 <= n < 2**32, "0 or more")
+ONE_OR_MORE = number(int, lambda n: n >= 1, "1 or more")
+ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more")
 POSITIVE = number(float, lambda v: 0 < v < math.inf, "above 0")
 NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "0 or more")
 FACTOR = number(lambda text: text if text == "natural" else float(text), lambda v: v == "natural" or 1 <= v < math.inf,
@@ -78,12 +78,12 @@ def base_parser(doc):
     add("--dataset", default="cifar100", help="cifar10, cifar100, synthetic, or a folder with your own images")
     add("--data-root", help="folder of the CIFAR files (data), or of the images that your own lists name (the lists')")
     add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
-    add("--subset-seed", type=INDEX, default=0, help="which images are kept; 0 is the field's standard subset")
-    add("--val-per-class", type=INDEX, default=0, help="validation images per class, never trained on")
-    add("--image-size", type=COUNT, help="pixels a side to which your own images are scaled and cropped")
-    add("--seed", type=INDEX, default=0, help="of the initial weights, the order and the augmentation")
-    add("--epochs", type=COUNT, help="of stage 1, if there are two")
-    add("--batch-size", type=COUNT, help="images per step")
+    add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0 is the field's standard subset")
+    add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
+    add("--image-size", type=ONE_OR_MORE, help="pixels a side to which your own images are scaled and cropped")
+    add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
+    add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
+    add("--batch-size", type=ONE_OR_MORE, help="images per step")
     add("--lr", type=POSITIVE, help="peak learning rate")
     add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
     add("--backbone", choices=list(BACKBONES), default="resnet32", help="network below the classifier")
@@ -91,7 +91,7 @@ def base_parser(doc):
         help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
-    add("--eval-every", type=INDEX, default=0, help="score the test set every N epochs too, to report the best")
+    add("--eval-every", type=ZERO_OR_MORE, default=0, help="score the test set every N epochs too, to report the best")
     add("--out", default="runs", help="folder of results.jsonl and of the runs' own folders")
     add("--overwrite", action="store_true", help="delete what this run has left, and start again")
     return parser
@@ -99,25 +99,33 @@ def base_parser(doc):
 
 def parse(parser, argv, recipe, changes, named):
     """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
-    args.ablated: the method's own flags that are not at their default, but for `named`, which name the row anyway."""
-    dataset = parser.parse_known_args(argv)[0].dataset
+
+    args.changed and args.ablated: the flags of the recipe, and the method's own, that are not at their default; row() puts
+    them into the names of the table's rows. `named` are those of the method's that row names tell anyway (--variant).
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = fail
+    first.add_argument("--dataset", default="cifar100")
+    dataset = first.parse_known_args(argv)[0].dataset
     parser.set_defaults(**recipe, **({} if dataset in DATASETS else {"imb_factor": "natural"}))
     parser.set_defaults(**changes.get(dataset if dataset in DATASETS else "own", {}))
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     own = [action.dest for action in parser._action_groups[-1]._group_actions if action.dest not in named]
-    args.ablated = {key: vars(args)[key] for key in own if vars(args)[key] != parser.get_default(key)}
+    args.changed, args.ablated = ({key: vars(args)[key] for key in keys if vars(args)[key] != parser.get_default(key)}
+                                  for keys in (("epochs", "batch_size", "lr", "weight_decay", "backbone"), own))
     return args
 
 
 def save(path, content):
     """Write bytes, or a dict of tensors, under a temporary name and rename: the file is whole, or as it was before."""
-    buffer, temporary = io.BytesIO(), path.with_name(f".{path.name}.tmp")
-    if not isinstance(content, bytes):
-        torch.save(content, buffer)
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getbuffer()
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer() if buffer.tell() else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -155,20 +163,21 @@ class Run:
         if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
             fail(f"--dataset {args.dataset}: not one of {', '.join(DATASETS)}, and no such folder")
         self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], 0.0
-        self.flags = {k: v for k, v in vars(args).items() if k not in ("out", "data_root", "overwrite", "argv", "ablated")}
         self.device, self.precision = self._machine()
+        self.flags = vars(args) | {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
+        for key in ("out", "data_root", "overwrite", "argv", "changed", "ablated"):  # these do not change the result
+            del self.flags[key]
         imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
         self.folder, results = Path(args.out, name), Path(args.out, name, "result.json")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         except OSError as error:
             fail(f"--out {args.out}: cannot write there ({error.strerror})")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         if args.overwrite:
             for path in [*self.folder.glob("*.ckpt"), results]:
                 path.unlink(missing_ok=True)
@@ -186,12 +195,10 @@ class Run:
 
     def _machine(self):
         args, gpus = self.args, torch.cuda.device_count()
-        try:
-            device = torch.device(("cuda" if gpus else "cpu") if args.device == "auto" else args.device)
-        except RuntimeError:
-            fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
-        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
-            fail(f"--device {args.device}: this machine has a CPU and {gpus} CUDA devices")
+        cuda = re.fullmatch(r"cuda(:\d+)?", args.device)
+        if args.device not in ("auto", "cpu") and not (cuda and int(args.device[5:] or 0) < gpus):
+            fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N; this machine has {gpus} CUDA devices")
+        device = torch.device(("cuda" if gpus else "cpu") if args.device == "auto" else args.device)
         auto = "fp32" if device.type == "cpu" else "bf16" if args.backbone == "resnet34" else "tf32"
         precision = auto if args.precision == "auto" else args.precision
         if device.type == "cpu" and precision != "fp32":
@@ -214,7 +221,8 @@ class Run:
         turns = [e for e in range(len(lrs)) if e == 0 or lrs[e] != lrs[e - 1]]
         if len(turns) > 12:  # a smooth schedule: its two ends and its peak
             turns = sorted({0, int(np.argmax(lrs)), len(lrs) - 1})
-        self.machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        gpu = self.device.type == "cuda"
+        self.machine = torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
         self.params = sum(p.numel() for p in net.parameters())
         self.card = {
             "data": f"{args.dataset}, {len(n)} classes, {data.train.images.shape[2]} x {data.train.images.shape[1]} pixels",
@@ -228,7 +236,8 @@ class Run:
             "network": f"{args.backbone}, {self.params:,} parameters, "
                        f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} of them trained",
             "augmentation": augmentation,
-            "schedule": ", ".join(f"lr {lrs[e]:.4g} in epoch {e + 1}" for e in turns) + f" of {len(lrs)}; batch {args.batch_size}",
+            "schedule": ", ".join(f"lr {lrs[e]:.4g} in epoch {e + 1}" for e in turns)
+                        + f" of {len(lrs)}; batches of {args.batch_size}",
             "arithmetic": f"{self.precision} on {self.machine}, seed {args.seed}",
             "reported": "last epoch, one view; 'flip' is the mean of the logits of an image and its mirror image"}
         print(f"{self.method}, {self.variant} -> {self.folder}", *(f"  {k + ':':14}{v}" for k, v in self.card.items()),
@@ -241,13 +250,13 @@ class Run:
     def epochs(self, stage, total, net, optimizer):
         """Yield the epochs of `stage` still to do, from where an earlier process left it. Saves after an epoch when
         SAVE_EVERY seconds have passed (more if saving would cost over 1 %), and after the last one."""
-        path, parts, start = self.folder / f"{stage}.ckpt", {"net": net, "optimizer": optimizer}, 0
+        path, start = self.folder / f"{stage}.ckpt", 0
         self.stage, self.total, self.optimizer = stage, total, optimizer
         if path.exists():
             state = load(path)
             self._refuse_other(path, state.get("flags", {}))
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].to(self.device)
             self.generator.set_state(state["generator"])
@@ -260,15 +269,16 @@ class Run:
                 self.bar.update()
                 if self.epoch + 1 == total or time.time() - saved > pause:
                     saved = time.time()
-                    save(path, {name: part.state_dict() for name, part in parts.items()} | {
-                        "flags": self.flags, "generator": self.generator.get_state(), "epoch": self.epoch + 1,
-                        "history": self.history, "best_test": self.best_test})
+                    save(path, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "flags": self.flags,
+                                "generator": self.generator.get_state(), "epoch": self.epoch + 1,
+                                "history": self.history, "best_test": self.best_test})
                     save(self.folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in self.history).encode())
                     saved, pause = time.time(), max(SAVE_EVERY, 100 * (time.time() - saved))
 
     def log(self, losses, **extra):
         """Close an epoch. losses: the 0-d losses of its steps; one that is no number ends the run."""
-        loss, lr, seconds = torch.stack(losses).mean().item(), self.optimizer.param_groups[0]["lr"].item(), time.time() - self.began
+        loss, lr = torch.stack(losses).mean().item(), self.optimizer.param_groups[0]["lr"].item()
+        seconds = time.time() - self.began
         if not math.isfinite(loss):
             fail(f"the loss is {loss} in epoch {self.epoch + 1} of {self.stage}: try a lower --lr, or --precision fp32, "
                  "with --overwrite")
@@ -283,15 +293,12 @@ class Run:
         """Whether --eval-every asks for the test set after this epoch."""
         return self.args.eval_every > 0 and (self.epoch + 1) % self.args.eval_every == 0
 
-    def note_test(self, accuracy):
-        self.best_test = max(self.best_test, accuracy)
-
-    def finish(self, net, logits, rows, **metrics):
-        """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), the headline last."""
+    def finish(self, net, logits, rows, headline=-1, **metrics):
+        """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), one of them the headline."""
         args, seconds = self.args, sum(h["seconds"] for h in self.history)
         result = {
             "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
-            "seed": args.seed, **rows[-1], "best_test": self.best_test or None, "rows": rows, "metrics": metrics,
+            "seed": args.seed, **rows[headline], "best_test": self.best_test or None, "rows": rows, "metrics": metrics,
             "subset": self.data.subset, "backbone": args.backbone, "params": self.params, "flags": self.flags,
             "protocol": self.card, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
             "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
@@ -338,7 +345,7 @@ class Split(NamedTuple):
 
 class Data(NamedTuple):
     train: Split
-    val: Optional[Split]
+    val: Split | None
     test: Split
     counts: list          # training images per class
     subset: dict          # rule, total and sha256 of the subset before validation images are held out of it
@@ -407,7 +414,7 @@ def own_data(folder, root, size):
     for part in ("train", "test", "val"):
         if (folder / part).is_dir():
             files[part] = [(p, c.name) for c in sorted((folder / part).iterdir()) if c.is_dir()
-                           for p in sorted(c.iterdir()) or [c] if not p.name.startswith(".")]
+                           for p in sorted(c.iterdir()) or [c / "(no image)"] if not p.name.startswith(".")]
         elif len(lists := list(folder.glob(f"*{part}.txt"))) == 1:
             lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
             if wrong := [line for line in lines if len(line) != 2]:
@@ -415,7 +422,7 @@ def own_data(folder, root, size):
             files[part] = [(root / path, label) for path, label in lines]
         elif part != "val":
             fail(f"{folder} has neither a folder {part}/ nor one list *{part}.txt")
-    counts = {name: [label for _, label in files["train"]].count(name) for name in {label for _, label in files["train"]}}
+    counts = Counter(label for _, label in files["train"])
     order = sorted(counts, key=lambda name: (-counts[name], name))
     for part in files:
         for name in sorted(counts.keys() ^ {label for _, label in files[part]}):
@@ -427,15 +434,14 @@ def own_data(folder, root, size):
         except Exception as error:  # Pillow raises many kinds
             fail(f"{path} cannot be read as an image ({error})")
         return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
-    sets = {"val": None}
-    with ThreadPoolExecutor() as pool:
-        for part in files:
-            paths, names = zip(*files[part])
-            images = list(tqdm(pool.map(read, paths), f"reading {part}", len(paths), disable=None))
-            if odd := [path for path, image in zip(paths, images) if image.shape != images[0].shape]:
-                fail(f"{odd[0]} and {paths[0]} differ in size: give --image-size")
-            sets[part] = np.stack(images), np.array([order.index(name) for name in names])
-    return sets["train"], sets["test"], sets["val"]
+    sets = {}
+    for part in files:
+        paths, names = zip(*files[part])
+        images = thread_map(read, paths, desc=f"reading {part}", disable=None)
+        if odd := [path for path, image in zip(paths, images) if image.shape != images[0].shape]:
+            fail(f"{odd[0]} and {paths[0]} differ in size: give --image-size")
+        sets[part] = np.stack(images), np.array([order.index(name) for name in names])
+    return sets["train"], sets["test"], sets.get("val")
 
 
 def load_data(args, device):
@@ -448,13 +454,15 @@ def load_data(args, device):
     else:
         folder = Path(args.dataset)
         (images, labels), test, val = own_data(folder, Path(args.data_root or folder), args.image_size)
+        if val and held_out:
+            fail(f"--val-per-class {held_out}: {folder} has validation images of its own")
     available = np.bincount(labels).tolist()
     if len(available) < 2:
         fail(f"--dataset {args.dataset} has a single class")
     counts, rule = available, "all images"
     if args.imb_factor != "natural":
         counts = exp_counts(max(available), len(available), args.imb_factor)
-        rule = f"int({max(available)} * {args.imb_factor:g}^(-c/{len(available) - 1})) of class c, shuffle seed {args.subset_seed}"
+        rule = f"int({max(available)} * {args.imb_factor:g}^(-c/{len(available) - 1})) of class c, seed {args.subset_seed}"
     per_class = np.split(long_tail_indices(labels, available, args.subset_seed), np.cumsum(available)[:-1])
     for c, (n, index) in enumerate(zip(counts, per_class)):
         if n > len(index):
@@ -464,7 +472,7 @@ def load_data(args, device):
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
     if args.subset_seed == 0 and sha256 != standard:
         fail(f"the subset's sha256 is {sha256}, the standard one's {standard}: these are not the field's images")
-    if val is None and held_out:  # of each class the next images; where none are left (the head), the class gives up some
+    if held_out:  # of each class the next images; where none are left (the head), the class gives up some
         counts = [min(n, len(index) - held_out) for n, index in zip(counts, per_class)]
         rest = np.concatenate([index[max(n, 0):][:held_out] for n, index in zip(counts, per_class)])
         val = images[rest], labels[rest]
@@ -472,7 +480,7 @@ def load_data(args, device):
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
     train = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
-    mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD]) if "cifar" in args.dataset[:5] else (
+    mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD]) if args.dataset in FINGERPRINTS else (
         f(images[train], (0, 1, 2)) for f in (np.mean, np.std))
 
     def split(images, labels):
@@ -520,7 +528,8 @@ def captured(step, net, optimizer):
     """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, step itself.
 
     The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class weights) must
-    be a tensor that is changed in place. Capturing leaves weights, buffers and momentum as they were.
+    be a tensor that is changed in place; the optimizer is SGD with momentum. Capturing leaves weights, buffers and
+    momentum as they were.
     """
     graphs = {}
 
@@ -643,8 +652,8 @@ def shot_groups(counts):
 def report(logits, labels, counts):
     """Mean of the per-class recalls in percent, per shot group; None for a group without classes.
     logits (N, C), labels (N,), counts: training images of the C classes."""
-    hits = (logits.argmax(1) == labels).double()
-    recall = 100 * (torch.bincount(labels, hits, len(counts)) / torch.bincount(labels, minlength=len(counts))).cpu()
+    hits, labels = (logits.argmax(1) == labels).double().cpu(), labels.cpu()
+    recall = 100 * torch.bincount(labels, hits, len(counts)) / torch.bincount(labels, minlength=len(counts))
     return {name: recall[group].mean().item() if group.any() else None for name, group in shot_groups(counts).items()}
 
 
@@ -668,11 +677,11 @@ def fisher_ratio(feat, labels):
 
 
 def row(name, paper, args, acc, acc_flip=None):
-    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it. Flags of
-    the method that are not the paper's go into the row's name, and then no number of the paper stands beside it."""
-    name += "".join(f", {key.replace('_', '-')} {value}" for key, value in args.ablated.items())
-    source, numbers = paper.get(name, ("", {}))
+    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it. Flags
+    that are not the paper's go into the row's name; with an ablated method no number of the paper stands beside it."""
+    source, numbers = paper.get(name, ("", {})) if not args.ablated else ("", {})
     percent = numbers.get((args.dataset, args.imb_factor))
+    name += "".join(f", {key.replace('_', '-')} {value}" for key, value in (args.ablated | args.changed).items())
     return {"row": name, "acc": acc, "acc_flip": acc_flip, "paper": percent and {"all": percent, "source": source}}
 
 
@@ -689,11 +698,13 @@ def table(results):
 
     def cell(values):
         values = [v for v in values if v is not None]
-        return (f"{statistics.mean(values):.1f}" if values else "") + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
-    lines = [["command", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run", "seeds"]]
+        return (f"{np.mean(values):.1f}" if values else "") + (f" ± {np.std(values, ddof=1):.1f}" if values[1:] else "")
+    lines = [["command", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run",
+              "seeds"]]
     for (_, name, dataset, factor, _), seeds in groups.items():
         runs, entries = zip(*seeds.values())
-        command, paper = re.sub(r" --(overwrite|(seed|out|device|data-root|stage1)[ =]\S+)", "", runs[0]["command"]), entries[0]["paper"]
+        command = re.sub(r" --(overwrite|(seed|out|device|data-root|stage1)[ =]\S+)", "", runs[0]["command"])
+        paper = entries[0]["paper"]
         acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
         lines.append([f"`{command}`", name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
                       f"{paper['all']} ({paper['source']})" if paper else "", cell([a.get("all") for a in acc]) or "not run",

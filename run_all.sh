@@ -42,7 +42,9 @@ run() {  # one script with its flags, unless results.jsonl holds a run by the sa
 
 weight_balancing() {  # wb's stage 1 is the wd run: the same recipe, so the same weights
     run ewb_fdr.py --variant wd
-    local stage1="$out/ewb_fdr-wd-$dataset-if$factor-seed$seed/weights.pt"
+    local label="if$factor"
+    [ "$factor" = natural ] && label=natural
+    local stage1="$out/ewb_fdr-wd-$dataset-$label-seed$seed/weights.pt"
     run ewb_fdr.py --variant wb --stage1 "$stage1"
     run ewb_fdr.py --variant wb --stage1 "$stage1" --cb-loss ce
 }

@@ -4,8 +4,8 @@ WB: Long-Tailed Recognition via Weight Balancing. Alshammari, Wang, Ramanan, Kon
 Idea: tuned weight decay makes features separable (a high Fisher ratio); WB's second stage only rescales the classifier.
 So one stage does: weight decay, small features and a fixed simplex ETF, then multiplicative logit adjustment.
 
-    z_k = <w_k, f(x)> + b_k,   pi_k = n_k / N
-    CE, CB          cross-entropy;  mean of c_y times it, c_k = K v_k / sum_j v_j, v_k = (1-beta)/(1-beta^n_k)
+    z_k = <w_k, f(x)> + b_k,  pi_k = n_k / N
+    CE, CB          cross-entropy; the mean of c_y times it,  c_k = K v_k / sum_j v_j,  v_k = (1-beta) / (1-beta^n_k)
     WD              + lambda/2 |theta|^2, all parameters (the optimizer's weight decay)
     ETF             w_k fixed to a simplex ETF, b learned
     FR              + zeta/2 mean_i |f(x_i)|^2
@@ -20,16 +20,16 @@ To reproduce, CIFAR-100-LT, IF 100, ResNet-34: ce 38.4, wd 46.1, wb 53.4 (WB Tab
 no flip 39.1, 46.8, 51.8); fr-etf with multiplicative adjustment 53.0 (as quoted by LORT); Fisher ratio wd < etf < fr-etf.
 
 Departures
-- tau and gamma are chosen on 20 validation images a class; the subset is the field's, of which the head class gives up
-  20 (WB has none and looks at the test set; EWB takes 480-image heads and other images). Last epoch, not the best.
+- tau and gamma are chosen on 20 validation images a class, for which the head class gives up 20 of the field's subset
+  (WB has none and looks at the test set; EWB takes 480-image heads and other images). Last epoch, not the best.
 - --cb-loss: WB's code takes the binary cross-entropies of the softmax, averaged over the K classes ("bce"), and EWB's the
   weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the first, cb to the second.
 - WB follows its code where its text differs: ResNet-34 (text: 32), 320 epochs (200, of which its 46.1 is), MaxNorm once
   an epoch (after each batch). For CIFAR-10 too the mean and deviation are WB's and the shot groups the field's.
-- As in both codes, stage 2 leaves normalisation in training mode: running statistics move on.
-- Fisher ratio of the plain training images (EWB's code: augmented ones). Cosine from lr; theirs is one epoch ahead.
+- As in both codes, stage 2 leaves normalisation in training mode. Cosine from lr; theirs is one epoch ahead. Fisher
+  ratio of the plain training images (EWB's code: augmented ones).
 
-    python methods/ewb_fdr.py --variant fr-etf            python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
+    python methods/ewb_fdr.py --variant fr-etf           python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
 """
 import copy
 import math
@@ -70,10 +70,10 @@ def max_norm_(weight, delta):
     return weight.mul_((delta / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1))
 
 
-def max_norm_threshold(weight, fraction=0.1):
-    """Delta between the smallest and the largest row norm of stage 1; weight (K, D)."""
-    norm = weight.detach().norm(dim=1)
-    return norm.min() + fraction * (norm.max() - norm.min())
+def max_norm_threshold(weight):
+    """Delta, a tenth of the way from the smallest to the largest row norm of stage 1; weight (K, D)."""
+    low, high = weight.detach().norm(dim=1).aminmax()
+    return low + 0.1 * (high - low)
 
 
 def additive_la(logits, counts, tau):
@@ -90,7 +90,7 @@ def multiplicative_la(logits, counts, gamma):
 
 @torch.no_grad()
 def unit_rows(fc):
-    """A copy of the classifier whose w_k have norm 1, b as it is: what multiplicative LA starts from."""
+    """A copy of the classifier, every w_k of norm 1 and b as it is: what multiplicative LA starts from."""
     fc = copy.deepcopy(fc)
     fc.weight.copy_(F.normalize(fc.weight))
     return fc
@@ -108,11 +108,11 @@ RECIPE = dict(epochs=320, batch_size=64, lr=0.01, backbone="resnet34", val_per_c
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
            "own": dict(val_per_class=0)}
-WB, LORT = "WB, Table 2: best test epoch", "as quoted by LORT"
+WB = "WB, Table 2: best test epoch"
 PAPER = {"ce": (WB, {("cifar100", 100): 38.38, ("cifar100", 50): 43.99, ("cifar100", 10): 57.31}),
          "wd": (WB, {("cifar100", 100): 46.08, ("cifar100", 50): 52.71, ("cifar100", 10): 66.03}),
          "wb": (WB, {("cifar100", 100): 53.35, ("cifar100", 50): 57.71, ("cifar100", 10): 68.67}),
-         "fr-etf + multiplicative LA": (LORT, {("cifar100", 100): 53.0})}
+         "fr-etf + multiplicative LA": ("as quoted by LORT", {("cifar100", 100): 53.0})}
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -122,13 +122,13 @@ def cosine_lr(epoch, epochs, lr):
 
 def parse_args(argv):
     parser = common.base_parser(__doc__)
-    add = parser.add_argument_group("EWB-FDR (--weight-decay, if not given: 0 for ce and cb, 5e-3 for the others)").add_argument
+    add = parser.add_argument_group("EWB-FDR (--weight-decay None: 0 for ce and cb, else 5e-3; synthetic 1e-3)").add_argument
     add("--variant", choices=["ce", "cb", "wd", "wb", "etf", "fr-etf"], default="fr-etf", help="see above")
     add("--zeta", type=common.NOT_NEGATIVE, help="feature regularisation of fr-etf")
     add("--beta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the class-balanced weights; 0: all 1")
     add("--cb-loss", choices=["bce", "ce"], help="form of the class-balanced loss; if not given: ce for cb, bce for wb")
     add("--stage1", help="wb: weights.pt of a wd run with the same recipe, instead of training it again")
-    add("--epochs2", type=common.COUNT, help="epochs of wb's stage 2")
+    add("--epochs2", type=common.ONE_OR_MORE, help="epochs of wb's stage 2")
     add("--lr2", type=common.POSITIVE, help="its peak learning rate")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="its weight decay")
     args = common.parse(parser, argv, RECIPE, CHANGES, named=("variant", "cb_loss", "stage1"))
@@ -142,33 +142,31 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    variant = args.variant + {("wb", "ce"): " (ce)", ("cb", "bce"): " (bce)"}.get((args.variant, args.cb_loss), "")
+    other_form = (args.variant, args.cb_loss) in (("wb", "ce"), ("cb", "bce"))      # than its own paper's code has
+    variant = f"{args.variant} ({args.cb_loss})" if other_form else args.variant
     run = common.Run(args, "ewb_fdr", variant.replace(" ", ""))
     data = common.load_data(args, run.device)
     if data.val is None:
-        common.fail("tau and gamma are chosen on validation images: give --val-per-class, or your own data a val set")
+        common.fail("tau and gamma are chosen on validation images: give --val-per-class, or a val set of your own")
     net = common.BACKBONES[args.backbone](len(data.counts))
     if args.variant in ("etf", "fr-etf"):
-        if net.fc.in_features < len(data.counts):
-            common.fail(f"--backbone {args.backbone} has {net.fc.in_features} features; a simplex ETF of {len(data.counts)} "
-                        "classes needs as many: use resnet34")
-        etf = common.simplex_etf(len(data.counts), net.fc.in_features, torch.Generator().manual_seed(args.seed))
-        net.fc.weight = torch.nn.Parameter(etf, requires_grad=False)                # the bias stays learned
-        torch.nn.init.uniform_(net.fc.bias, -1 / net.fc.in_features, 1 / net.fc.in_features)
+        dim = net.fc.in_features
+        if dim < len(data.counts):
+            common.fail(f"--backbone {args.backbone}: an ETF of {len(data.counts)} classes does not fit its {dim} features")
+        etf = common.simplex_etf(len(data.counts), dim, torch.Generator().manual_seed(args.seed))
+        net.fc.weight = torch.nn.Parameter(etf, requires_grad=False)                # the bias stays learned, and
+        torch.nn.init.uniform_(net.fc.bias, -1 / dim, 1 / dim)                      # starts as in the authors' code
     net.to(run.device, memory_format=torch.channels_last)
     if args.stage1:
         flags = common.load_net(net, args.stage1)
-        for key in ("dataset", "imb_factor", "subset_seed", "val_per_class", "seed", "epochs", "batch_size", "lr", "weight_decay"):
-            if flags and (flags.get("variant") != "wd" or flags.get(key) != getattr(args, key)):
-                common.fail(f"--stage1 {args.stage1} is of --variant {flags.get('variant')} with --{key.replace('_', '-')} "
-                            f"{flags.get(key)}; it must be a wd run with {getattr(args, key)}")
+        needed = run.flags | {"variant": "wd"}
+        for key in "variant dataset imb_factor subset_seed val_per_class seed epochs batch_size lr weight_decay".split():
+            if flags and flags.get(key) != needed[key]:  # a bare state_dict tells nothing
+                common.fail(f"{args.stage1} was trained with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}")
     weights = class_balanced_weights(data.counts, args.beta).to(run.device)         # (K,)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)] if args.variant == "wb" else []
     run.begin(data, net, lrs + lrs2)
-
-    def score():
-        return common.report(common.predict(net, data.test)[0], data.test.labels, data.counts)["all"]
 
     # the one stage; of wb the first
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
@@ -176,13 +174,11 @@ def main(argv=None):
 
     def step(x, labels):
         with run.autocast():
-            feat = net.features(x)
-        feat = feat.float()
+            feat = net.features(x).float()
         logits = net.fc(feat)
+        loss = F.cross_entropy(logits, labels)
         if args.variant == "cb":
             loss = class_balanced_loss(logits, labels, weights, args.cb_loss)
-        else:
-            loss = F.cross_entropy(logits, labels)
         if args.variant == "fr-etf":
             loss = loss + args.zeta * feature_regularization(feat)
         optimizer.zero_grad()
@@ -190,18 +186,21 @@ def main(argv=None):
         optimizer.step()
         return loss.detach()
 
-    step = common.captured(step, net, optimizer)
     net.train()
+    step = common.captured(step, net, optimizer)
     if not args.stage1:
         for epoch in run.epochs("stage1", args.epochs, net, optimizer):
             common.set_lr(optimizer, lrs[epoch])
-            run.log([step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
+            losses = []
+            for x, labels in common.batches(data.train, args.batch_size, run.generator):
+                losses.append(step(x, labels))
+            run.log(losses)
             if run.test_now():
-                run.note_test(score())
+                logits, _ = common.predict(net, data.test)
+                run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
 
     if args.variant == "wb":  # stage 2: the classifier alone, balanced
-        for parameter in net.parameters():
-            parameter.requires_grad_(False)
+        net.requires_grad_(False)
         net.fc.requires_grad_(True)
         delta = max_norm_threshold(net.fc.weight)
         optimizer2 = torch.optim.SGD(net.fc.parameters(), torch.tensor(args.lr2, device=run.device), momentum=0.9,
@@ -209,8 +208,8 @@ def main(argv=None):
 
         def balance(x, labels):
             with torch.no_grad(), run.autocast():
-                feat = net.features(x)
-            loss = class_balanced_loss(net.fc(feat.float()), labels, weights, args.cb_loss)
+                feat = net.features(x).float()
+            loss = class_balanced_loss(net.fc(feat), labels, weights, args.cb_loss)
             optimizer2.zero_grad()
             loss.backward()
             optimizer2.step()
@@ -219,26 +218,33 @@ def main(argv=None):
         balance = common.captured(balance, net, optimizer2)
         for epoch in run.epochs("stage2", args.epochs2, net, optimizer2):
             common.set_lr(optimizer2, lrs2[epoch])
-            run.log([balance(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
+            losses = []
+            for x, labels in common.batches(data.train, args.batch_size, run.generator):
+                losses.append(balance(x, labels))
+            run.log(losses)
             max_norm_(net.fc.weight, delta)
             if run.test_now():
-                run.note_test(score())
+                logits, _ = common.predict(net, data.test)
+                run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
 
-    splits = {"train": data.train, "val": data.val, "test": data.test, "mirrored": common.mirror(data.test)}
+    splits, logits = {"train": data.train, "val": data.val, "test": data.test, "mirrored": common.mirror(data.test)}, {}
     feat = {name: common.predict(net, split)[1] for name, split in splits.items()}
-    rows, logits = [], {}
-    for name, fc, adjust in ((variant, net.fc, None), (f"{variant} + additive LA", net.fc, additive_la),
-                             (f"{variant} + multiplicative LA", unit_rows(net.fc), multiplicative_la)):
-        z = {view: fc(feat[view]).detach() for view in ("val", "test", "mirrored")}
-        strength = choose(adjust, z["val"], data.val.labels, data.counts) if adjust else None
-        plain, flipped = z["test"], (z["test"] + z["mirrored"]) / 2
-        plain, flipped = (adjust(v, data.counts, strength) if adjust else v for v in (plain, flipped))
-        acc, acc_flip = (common.report(v, data.test.labels, data.counts) for v in (plain, flipped))
-        rows.append(common.row(name, PAPER, args, acc, acc_flip) | {"strength": strength})
+
+    def scored(name, fc, adjust=None):
+        """A row of the table; the strength of `adjust` is chosen on the validation images."""
+        val, plain, mirrored = (fc(feat[split]).detach() for split in ("val", "test", "mirrored"))
+        flipped, strength = (plain + mirrored) / 2, None
+        if adjust:
+            strength = choose(adjust, val, data.val.labels, data.counts)
+            plain, flipped = (adjust(z, data.counts, strength) for z in (plain, flipped))
         logits[name] = plain
-    rows.sort(key=lambda row: row["row"] == (variant if args.variant != "fr-etf" else f"{variant} + multiplicative LA"))
-    ratios = {name: common.fisher_ratio(feat[name], splits[name].labels) for name in ("train", "test")}
-    run.finish(net, logits, rows, fisher_ratio=ratios, strengths={row["row"]: row["strength"] for row in rows})
+        acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (plain, flipped))
+        return common.row(name, PAPER, args, acc, acc_flip) | {"strength": strength}
+
+    rows = [scored(variant, net.fc), scored(f"{variant} + additive LA", net.fc, additive_la),
+            scored(f"{variant} + multiplicative LA", unit_rows(net.fc), multiplicative_la)]
+    run.finish(net, logits, rows, headline=2 if args.variant == "fr-etf" else 0,
+               fisher_ratio={name: common.fisher_ratio(feat[name], splits[name].labels) for name in ("train", "test")})
 
 
 if __name__ == "__main__":

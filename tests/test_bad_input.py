@@ -43,7 +43,7 @@ def test_flags_of_one_script(refused, script, flags):
 
 def test_an_etf_needs_as_many_dimensions_as_classes(refused, monkeypatch):
     monkeypatch.setitem(common.BACKBONES, "small", lambda num_classes: Narrow(num_classes))
-    refused("ewb_fdr", "--variant", "etf", words=["8 features"])
+    refused("ewb_fdr", "--variant", "etf", words=["8 features", "--backbone"])
 
 
 class Narrow(torch.nn.Module):

@@ -339,6 +339,8 @@ def test_schedules_follow_the_papers_recipes():
     steps = [lwr.warmup_step_lr(e, 200, 0.1) for e in range(200)]
     assert steps[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
     assert steps[159] == 0.1 and steps[160] == pytest.approx(1e-3) and steps[179] == pytest.approx(1e-3) and steps[180] == pytest.approx(1e-5)
+    assert [hinge_ce.risen_cosine_lr(e, 4, 0.04, 0) for e in range(4)] == pytest.approx([4 * lort.cosine_lr(e, 4, 0.01) for e in range(4)])
+    assert hinge_ce.risen_cosine_lr(0, 256, 0.4, 5) == pytest.approx(0.4 / 6)
     assert [lort.cosine_lr(e, 4, 0.01) for e in range(4)] == pytest.approx([0.01, 0.005 * (1 + math.sqrt(0.5)), 0.005, 0.005 * (1 - math.sqrt(0.5))])
 
 

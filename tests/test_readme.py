@@ -60,6 +60,7 @@ def test_help_reads_well(script, capsys):
     assert stop.value.code == 0 and "Departures" in text
     common_flags, own = text.split("\ncommon flags:")[1].split("\n\n")[:2]  # the paper's own flags come after the common ones
     assert "(default: cifar100)" in common_flags and "--" in own
+    assert f"(default: {__import__(script).RECIPE['epochs']})" in common_flags  # the paper's, not None
 
 
 def test_nothing_of_a_machine_is_in_the_project():

@@ -52,7 +52,7 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
     saved = common.load(folder / "test_logits.pt")
     logits = {k: v for k, v in saved.items() if k != "labels"}
     assert all(v.shape == (1000, 20) for v in logits.values())
-    headline = list(logits.values())[-1] if script != "ewb_fdr" else logits[result["row"]]
+    headline = list(logits.values())[-1] if script != "ewb_fdr" else logits[result["row"].split(",")[0]]
     if script != "rbl" and "la" not in mode:  # these keep the logits before the adjustment
         counts = common.load_data(common_arguments(result["flags"]), torch.device("cpu")).counts
         assert common.report(headline, saved["labels"], counts) == result["acc"]
@@ -89,7 +89,8 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
     assert same(outcome["nothing"][1], outcome["test"][1]) and same(outcome["nothing"][1], outcome["val"][1])
     assert outcome["nothing"][0]["acc"] != outcome["test"][0]["acc"]
     if script == "ewb_fdr":
-        assert outcome["nothing"][0]["metrics"]["strengths"] == outcome["test"][0]["metrics"]["strengths"]
+        strengths = [[row["strength"] for row in outcome[change][0]["rows"]] for change in ("nothing", "test")]
+        assert strengths[0] == strengths[1]
 
 
 def test_strength_zero_and_theta_one_are_the_base(call, tmp_path):
@@ -113,12 +114,12 @@ def test_stage_one_is_shared_where_the_recipe_is_equal(call, tmp_path, capsys):
     assert call("ewb_fdr", *TINY, "--variant", "wb", "--stage1", stage1, out=shared) == 0
     trained = lines(tmp_path / "runs")[1]
     # stage 2 shuffles on from stage 1's random numbers when one process does both, and afresh otherwise
-    assert trained["row"] == lines(shared)[0]["row"] == "wb"
+    assert trained["row"] == lines(shared)[0]["row"] == "wb, epochs 2"
     capsys.readouterr()
     assert call("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", stage1, out=tmp_path / "other") == 2
     assert "--epochs" in capsys.readouterr().err
     assert call("lort", *TINY, "--stage1", stage1, out=shared) == 0
-    assert lines(shared)[1]["rows"][0]["acc"] == next(row for row in lines(tmp_path / "runs")[0]["rows"] if row["row"] == "wd")["acc"]
+    assert lines(shared)[1]["rows"][0]["acc"] == next(row for row in lines(tmp_path / "runs")[0]["rows"] if row["row"] == "wd, epochs 2")["acc"]
 
 
 # ---- finished, other flags, foreign files
