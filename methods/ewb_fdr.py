@@ -31,7 +31,6 @@ Departures
 
     python methods/ewb_fdr.py --variant fr-etf           python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
 """
-import copy
 import math
 import sys
 from pathlib import Path
@@ -88,12 +87,9 @@ def multiplicative_la(logits, counts, gamma):
     return logits * prior ** -gamma
 
 
-@torch.no_grad()
-def unit_rows(fc):
-    """A copy of the classifier, every w_k of norm 1 and b as it is: what multiplicative LA starts from."""
-    fc = copy.deepcopy(fc)
-    fc.weight.copy_(F.normalize(fc.weight))
-    return fc
+def unit_rows(fc, feat):
+    """The logits (N, K) of feat (N, D) with every w_k scaled to norm 1, b as it is: what multiplicative LA starts from."""
+    return F.linear(feat, F.normalize(fc.weight), fc.bias)
 
 
 def choose(adjust, logits, labels, counts):
@@ -242,7 +238,7 @@ def main(argv=None):
         return common.row(name, PAPER, args, acc, acc_flip) | {"strength": strength}
 
     rows = [scored(variant, net.fc), scored(f"{variant} + additive LA", net.fc, additive_la),
-            scored(f"{variant} + multiplicative LA", unit_rows(net.fc), multiplicative_la)]
+            scored(f"{variant} + multiplicative LA", lambda f: unit_rows(net.fc, f), multiplicative_la)]
     run.finish(net, logits, rows, headline=2 if args.variant == "fr-etf" else 0,
                fisher_ratio={name: common.fisher_ratio(feat[name], splits[name].labels) for name in ("train", "test")})
 

@@ -189,9 +189,12 @@ def test_logit_adjustments():
 
 
 def test_unit_rows_and_the_choice_of_strength():
-    fc = torch.nn.Linear(4, 3)
-    unit = ewb_fdr.unit_rows(fc)
-    assert torch.allclose(unit.weight.norm(dim=1), torch.ones(3)) and (unit.bias == fc.bias).all() and (fc.weight != unit.weight).any()
+    fc, feat = torch.nn.Linear(4, 3).double(), rand(5, 4)
+    for i in range(5):
+        for k in range(3):
+            w = fc.weight[k].tolist()
+            slow = sum(a * b for a, b in zip(w, feat[i].tolist())) / math.sqrt(sum(v * v for v in w)) + fc.bias[k].item()
+            assert ewb_fdr.unit_rows(fc, feat)[i, k].item() == pytest.approx(slow)
     counts, labels = [90, 9, 1], torch.tensor([0, 1, 2])
     logits = torch.tensor([[9.0, 0, 0], [2.0, 0, 0], [4.0, 0, 0]])  # tau in (2 / log 10, 4.5 / log 10 ...) turns them right
     tau = ewb_fdr.choose(ewb_fdr.additive_la, logits, labels, counts)
