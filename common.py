@@ -204,9 +204,8 @@ class Run:
         if device.type == "cpu" and precision != "fp32":
             fail(f"--precision {precision} needs a GPU; a CPU is faster with fp32")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # convolutions; matrix products stay in fp32
-        if args.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-            torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products on a GPU need
+        torch.use_deterministic_algorithms(args.deterministic)
         return device, precision
 
     def _refuse_other(self, path, flags):
@@ -255,12 +254,15 @@ class Run:
         if path.exists():
             state = load(path)
             self._refuse_other(path, state.get("flags", {}))
-            net.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
+            try:
+                net.load_state_dict(state["net"])
+                optimizer.load_state_dict(state["optimizer"])
+                self.generator.set_state(state["generator"])
+                start, self.history, self.best_test = state["epoch"], state["history"], state["best_test"]
+            except (RuntimeError, ValueError, KeyError, TypeError):
+                fail(f"{path} does not fit this version of the script: --overwrite starts the run again")
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].to(self.device)
-            self.generator.set_state(state["generator"])
-            start, self.history, self.best_test = state["epoch"], state["history"], state["best_test"]
         saved, pause = time.time(), SAVE_EVERY
         with tqdm(total=total, initial=start, desc=stage, unit="epoch", disable=not sys.stderr.isatty()) as self.bar:
             for self.epoch in range(start, total):
