@@ -425,7 +425,7 @@ def own_data(folder, root, size):
         elif part != "val":
             fail(f"{folder} has neither a folder {part}/ nor one list *{part}.txt")
     counts = Counter(label for _, label in files["train"])
-    order = sorted(counts, key=lambda name: (-counts[name], name))
+    number_of = {name: c for c, name in enumerate(sorted(counts, key=lambda name: (-counts[name], name)))}
     for part in files:
         for name in sorted(counts.keys() ^ {label for _, label in files[part]}):
             fail(f"{folder}: class {name} is missing in {part if name in counts else 'train'}")
@@ -434,15 +434,18 @@ def own_data(folder, root, size):
         try:
             image = Image.open(path).convert("RGB")
         except Exception as error:  # Pillow raises many kinds
-            fail(f"{path} cannot be read as an image ({error})")
+            raise ValueError(f"{path} cannot be read as an image ({error})") from None
         return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
     sets = {}
     for part in files:
         paths, names = zip(*files[part])
-        images = thread_map(read, paths, desc=f"reading {part}", disable=None)
+        try:
+            images = thread_map(read, paths, desc=f"reading {part}", disable=None)
+        except ValueError as error:
+            fail(error)
         if odd := [path for path, image in zip(paths, images) if image.shape != images[0].shape]:
             fail(f"{odd[0]} and {paths[0]} differ in size: give --image-size")
-        sets[part] = np.stack(images), np.array([order.index(name) for name in names])
+        sets[part] = np.stack(images), np.array([number_of[name] for name in names])
     return sets["train"], sets["test"], sets.get("val")
 
 

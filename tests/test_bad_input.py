@@ -185,8 +185,9 @@ def break_own(own, how):
         __import__("shutil").rmtree(own / "test")
         return "test"
     if how == "unreadable":
-        (own / "train" / "a" / "1.png").write_bytes(b"no image")
-        return "1.png"
+        for name in "012":
+            (own / "train" / "a" / f"{name}.png").write_bytes(b"no image")  # several, and still one line
+        return ".png cannot be read"
     if how == "cut":
         path = own / "test" / "b" / "1.png"
         path.write_bytes(path.read_bytes()[:100])
