@@ -80,7 +80,7 @@ def base_parser(doc):
     add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0 is the field's standard subset")
     add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
-    add("--image-size", type=ONE_OR_MORE, help="pixels a side to which your own images are scaled and cropped")
+    add("--image-size", type=number(int, lambda n: n >= 8, "8 or more"), help="pixels a side: scales and crops your own images")
     add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
     add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
     add("--batch-size", type=ONE_OR_MORE, help="images per step")
@@ -153,7 +153,7 @@ def load_net(net, path):
         net.load_state_dict(state.get("net", state))
     except (RuntimeError, AttributeError, TypeError):
         fail(f"{path} does not hold the weights of this network ({type(net).__name__}, {net.fc.out_features} classes)")
-    return state.get("flags", {})
+    return state["flags"] if isinstance(state.get("flags"), dict) else {}
 
 
 class Run:
@@ -165,30 +165,28 @@ class Run:
         self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], 0.0
         self.device, self.precision = self._machine()
         self.flags = vars(args) | {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
-        for key in ("out", "data_root", "overwrite", "argv", "changed", "ablated"):  # these do not change the result
-            del self.flags[key]
+        for key in ["out", "overwrite", "argv", "changed", "ablated"] + ["data_root"] * (args.dataset in DATASETS):
+            del self.flags[key]  # these do not change the result
         imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
         self.folder, results = Path(args.out, name), Path(args.out, name, "result.json")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
+            open(Path(args.out, "results.jsonl"), "a").close()
+            self.lock = open(self.folder / "lock", "a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         except OSError as error:
             fail(f"--out {args.out}: cannot write there ({error.strerror})")
-        if args.overwrite:
-            for path in [*self.folder.glob("*.ckpt"), results]:
-                path.unlink(missing_ok=True)
-        if results.exists():
+        if results.exists() and not args.overwrite:
             try:
                 result = json.loads(results.read_text())
                 self._refuse_other(results, result["flags"])
-            except (ValueError, KeyError, TypeError):
+                print(f"{self.folder} is finished; --overwrite runs it again\n{table([result])}")
+            except (ValueError, KeyError, TypeError, AttributeError):
                 fail(f"{results} is damaged: --overwrite runs it again")
             self._record(result)
-            print(f"{self.folder} is finished; --overwrite runs it again\n{table([result])}")
             raise SystemExit(0)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
@@ -209,14 +207,19 @@ class Run:
         return device, precision
 
     def _refuse_other(self, path, flags):
+        if not isinstance(flags, dict):
+            fail(f"{path} is not of this run: delete it, or --overwrite")
         for key in sorted(flags.keys() | self.flags.keys()):
             if flags.get(key) != self.flags.get(key):
                 fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {self.flags.get(key)}: "
                      "choose another --out, or --overwrite")
 
     def begin(self, data, net, lrs, augmentation="crop, flip"):
-        """Print and keep the protocol. lrs: the learning rate of every epoch of the run."""
+        """Print and keep the protocol; all is checked by now. lrs: the learning rate of every epoch of the run."""
         self.data, args, n = data, self.args, np.array(data.counts)
+        if args.overwrite:
+            for path in [*self.folder.glob("*.ckpt"), self.folder / "result.json"]:
+                path.unlink(missing_ok=True)
         turns = [e for e in range(len(lrs)) if e == 0 or lrs[e] != lrs[e - 1]]
         if len(turns) > 12:  # a smooth schedule: its two ends and its peak
             turns = sorted({0, int(np.argmax(lrs)), len(lrs) - 1})
@@ -253,7 +256,9 @@ class Run:
         self.stage, self.total, self.optimizer = stage, total, optimizer
         if path.exists():
             state = load(path)
-            self._refuse_other(path, state.get("flags", {}))
+            self._refuse_other(path, state.get("flags"))
+            if state.get("subset") != self.data.subset:
+                fail(f"{path} was trained on other images: the data have changed; --overwrite starts the run again")
             try:
                 net.load_state_dict(state["net"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -272,7 +277,7 @@ class Run:
                 if self.epoch + 1 == total or time.time() - saved > pause:
                     saved = time.time()
                     save(path, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "flags": self.flags,
-                                "generator": self.generator.get_state(), "epoch": self.epoch + 1,
+                                "subset": self.data.subset, "generator": self.generator.get_state(), "epoch": self.epoch + 1,
                                 "history": self.history, "best_test": self.best_test})
                     save(self.folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in self.history).encode())
                     saved, pause = time.time(), max(SAVE_EVERY, 100 * (time.time() - saved))
@@ -297,6 +302,8 @@ class Run:
 
     def finish(self, net, logits, rows, headline=-1, **metrics):
         """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), one of them the headline."""
+        if not all(v.isfinite().all() for v in logits.values()):
+            fail("the test logits are not finite: try a lower --lr, or --precision fp32, with --overwrite")
         args, seconds = self.args, sum(h["seconds"] for h in self.history)
         result = {
             "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
@@ -390,7 +397,10 @@ def cifar(name, root):
         except (OSError, RuntimeError) as error:
             fail(f"{root / source.base_folder} lacks {', '.join(missing)} and the download failed ({error}): "
                  "put torchvision's files there, or try --dataset synthetic, which needs none")
-    return [(part.data, np.array(part.targets)) for part in (source(root, train=True), source(root, train=False))]
+    try:
+        return [(part.data, np.array(part.targets)) for part in (source(root, train=True), source(root, train=False))]
+    except Exception as error:  # the file of the class names, say, is not among those above
+        fail(f"{root / source.base_folder} is damaged ({error}): delete it and start again")
 
 
 def synthetic():
@@ -416,15 +426,17 @@ def own_data(folder, root, size):
     for part in ("train", "test", "val"):
         if (folder / part).is_dir():
             files[part] = [(p, c.name) for c in sorted((folder / part).iterdir()) if c.is_dir()
-                           for p in sorted(c.iterdir()) or [c / "(no image)"] if not p.name.startswith(".")]
+                           for p in sorted(c.glob("[!.]*")) or [c / "(no image)"]]
         elif len(lists := list(folder.glob(f"*{part}.txt"))) == 1:
             lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
             if wrong := [line for line in lines if len(line) != 2]:
                 fail(f"{lists[0]}: '{wrong[0][0]}' is not a line `path label`")
             files[part] = [(root / path, label) for path, label in lines]
-        elif part != "val":
+        elif part != "val" or lists:
             fail(f"{folder} has neither a folder {part}/ nor one list *{part}.txt")
     counts = Counter(label for _, label in files["train"])
+    if not counts:
+        fail(f"{folder} has no training images")
     number_of = {name: c for c, name in enumerate(sorted(counts, key=lambda name: (-counts[name], name)))}
     for part in files:
         for name in sorted(counts.keys() ^ {label for _, label in files[part]}):
@@ -432,7 +444,10 @@ def own_data(folder, root, size):
 
     def read(path):
         try:
-            image = Image.open(path).convert("RGB")
+            image = Image.open(path)
+            if image.mode[0] in "IF":
+                raise ValueError("16-bit and float pixels: convert them to 8 bits")
+            image = ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"{path} cannot be read as an image ({error})") from None
         return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
@@ -445,6 +460,8 @@ def own_data(folder, root, size):
             fail(error)
         if odd := [path for path, image in zip(paths, images) if image.shape != images[0].shape]:
             fail(f"{odd[0]} and {paths[0]} differ in size: give --image-size")
+        if min(images[0].shape[:2]) < 8:
+            fail(f"{paths[0]} has fewer than 8 pixels a side: give --image-size")
         sets[part] = np.stack(images), np.array([number_of[name] for name in names])
     return sets["train"], sets["test"], sets.get("val")
 
@@ -492,7 +509,8 @@ def load_data(args, device):
         return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),
                      *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (mean, std)))
     return Data(split(images[train], labels[train]), val and split(*val), split(*test), counts,
-                {"rule": rule, "total": len(subset), "sha256": sha256})
+                {"rule": rule, "total": len(subset), "sha256": sha256,
+                 "content": hashlib.sha256(images[train].tobytes() + bytes(str(counts), "ascii")).hexdigest()[:16]})
 
 
 # ---------------------------------------------------------------------------------------------------- 3 batches
@@ -695,7 +713,8 @@ def table(results):
     A line whose acc is null announces a run that is still to be made."""
     groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
     for result in results:
-        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every", "stage1")}
+        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every")}
+        flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
         for entry in result["rows"]:
             key = result["method"], entry["row"], result["dataset"], result["imb_factor"]
             if entry["acc"] or key not in done:  # of two equal runs the later one counts
@@ -708,7 +727,7 @@ def table(results):
               "seeds"]]
     for (_, name, dataset, factor, _), seeds in groups.items():
         runs, entries = zip(*seeds.values())
-        command = re.sub(r" --(overwrite|(seed|out|device|data-root|stage1)[ =]\S+)", "", runs[0]["command"])
+        command = re.sub(r" --(overwrite|(seed|out|device|data-root)[ =]\S+)", "", runs[0]["command"])
         paper = entries[0]["paper"]
         acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
         lines.append([f"`{command}`", name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
@@ -722,7 +741,11 @@ def table(results):
 
 
 if __name__ == "__main__":
-    try:
-        print(table([json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"usage: python common.py RESULTS.jsonl [MORE.jsonl ...] ({type(error).__name__}: {error})")
+    found, text = [], "usage: python common.py RESULTS.jsonl [MORE.jsonl ...]"
+    for name in sys.argv[1:] or fail(text):
+        try:
+            found += [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
+            text = table(found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{name} does not hold result lines ({type(error).__name__}: {error})")
+    print(text)

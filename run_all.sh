@@ -20,7 +20,11 @@ read -ra factors <<< "${IMB:-100}"
 read -ra flags <<< "${FLAGS:-}"
 jobs=${JOBS:-$jobs}
 out=${OUT:-runs}/$dataset
-mkdir -p "$out/logs" || exit 2
+usage() { echo "error: $1" >&2; exit 2; }
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || usage "JOBS=$jobs: a number of runs, 1 or more"
+[[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"
+[[ "${factors[*]}" =~ ^([1-9][0-9]*|natural)(\ ([1-9][0-9]*|natural))*$ ]] || usage "IMB=${factors[*]}: whole numbers, or natural"
+mkdir -p "$out/logs" 2> /dev/null || usage "OUT=${OUT:-runs}: cannot write there"
 : > "$out/logs/failed"
 if ((jobs > 1)); then export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs)); fi
 

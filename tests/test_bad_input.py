@@ -86,6 +86,18 @@ def test_no_such_data(refused, monkeypatch, tmp_path):
     refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path / "file", words=["cifar-100-python"])
 
 
+def test_damaged_class_names(refused, tmp_path, monkeypatch):
+    import torchvision
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"x")
+    md5 = __import__("hashlib").md5(b"x").hexdigest()
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "train_list", [["train", md5]])
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "test_list", [["test", md5]])
+    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=["damaged"])
+
+
 def test_a_damaged_cifar_file(refused, tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
@@ -93,7 +105,7 @@ def test_a_damaged_cifar_file(refused, tmp_path):
     refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=[str(folder / "train"), "damaged"])
 
 
-@pytest.mark.parametrize("content", ["missing", "text", "empty", "folder", "tensor", "other network", "module", "number"])
+@pytest.mark.parametrize("content", ["missing", "text", "empty", "folder", "tensor", "other network", "module", "number", "odd flags"])
 def test_stage_one_files(refused, tmp_path, content):
     path = tmp_path / "stage1.pt"
     if content == "text":
@@ -104,7 +116,7 @@ def test_stage_one_files(refused, tmp_path, content):
         path.mkdir()
     elif content != "missing":
         torch.save({"tensor": torch.zeros(3), "other network": {"net": common.BACKBONES["resnet32"](20).state_dict()},
-                    "module": torch.nn.Linear(2, 2), "number": {"net": 3}}[content], path)
+                    "module": torch.nn.Linear(2, 2), "number": {"net": 3}, "odd flags": {"net": {}, "flags": 3}}[content], path)
     refused("lort", "--stage1", path, words=[str(path)])
     refused("ewb_fdr", "--variant", "wb", "--stage1", path, words=[str(path)])
 
@@ -116,9 +128,14 @@ def test_stage_one_where_there_is_one_stage(refused):
 def test_a_damaged_result(refused, call, tmp_path):
     folder = tmp_path / "runs" / "hinge_ce-hinge-synthetic-if100-seed0"
     folder.mkdir(parents=True)
-    for content in ("{", "[]", "{}", "null"):
+    for content in ("{", "[]", "{}", "null", '{"flags": 3}'):
         (folder / "result.json").write_text(content)
         refused("hinge_ce", words=["result.json", "--overwrite"])
+    refused("hinge_ce", "--overwrite", "--width", "19", words=["--width"])
+    assert (folder / "result.json").exists()  # a run that cannot start deletes nothing
+    (folder.parent / "results.jsonl").unlink()
+    (folder.parent / "results.jsonl").mkdir()
+    refused("hinge_ce", words=["--out"])
 
 
 # ---- your own images
@@ -158,6 +175,9 @@ def test_own_folders_and_lists_give_the_same_data(own):
     first = np.asarray(Image.open(own / "test" / "b" / "0.png"))
     assert (folders.test.images[folders.test.labels == 0][0].numpy() == first).all()
     assert load(own, image_size=8).train.images.shape == (11, 8, 8, 3)
+    assert folders.subset["content"] == lists.subset["content"]
+    Image.new("RGB", (12, 12)).save(own / "train" / "a" / "0.png")
+    assert load(own).subset["content"] != folders.subset["content"] and load(own).subset["sha256"] == folders.subset["sha256"]
     held = load(own, val_per_class=1)
     assert held.counts == [5, 2, 1] and held.val.labels.tolist() == [0, 1, 2]
 
@@ -197,7 +217,24 @@ def break_own(own, how):
         return "--image-size"
     if how == "empty class":
         (own / "train" / "empty").mkdir()
+        (own / "train" / "empty" / ".gitkeep").write_text("")
         return "empty"
+    if how == "16 bits":
+        Image.fromarray(np.zeros((12, 12), np.uint16)).save(own / "train" / "a" / "0.png")
+        return "8 bits"
+    if how == "tiny":
+        for path in own.glob("*/*/*.png"):
+            Image.new("RGB", (4, 4)).save(path)
+        return "--image-size"
+    if how == "nothing":
+        for part in ("train", "test"):
+            __import__("shutil").rmtree(own / part)
+            (own / part).mkdir()
+        return "no training images"
+    if how == "two val lists":
+        for name in ("a_val.txt", "b_val.txt"):
+            (own / name).write_text("x 1")
+        return "val"
     if how == "class only in test":
         (own / "train" / "c").rename(own.parent / "c")
         return "c is missing in train"
@@ -216,7 +253,7 @@ def break_own(own, how):
 
 
 @pytest.mark.parametrize("how", ["no test", "unreadable", "cut", "other size", "empty class", "class only in test", "class not in test",
-                                 "val without a class", "one class"])
+                                 "val without a class", "one class", "16 bits", "tiny", "nothing", "two val lists"])
 def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
 
@@ -244,7 +281,7 @@ def test_imbalance_that_own_data_cannot_have(refused, own):
 
 # ---- the table, and the command line as a user meets it
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": 1}', "3"])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": 1}', "3", '{"rows": [{"acc": 5, "row": "x"}], "method": "", "dataset": "", "imb_factor": 1, "flags": []}'])
 def test_table_of_something_else(tmp_path, content):
     path = tmp_path / "results.jsonl"
     if content is not None:

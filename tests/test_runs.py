@@ -178,6 +178,17 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(refused, interrupted, damage
     refused("hinge_ce", "--epochs", "3", words=["--overwrite" if damage.startswith("other") else "ckpt"])
 
 
+def test_changed_data_are_not_mixed_into_a_run(refused, interrupted, monkeypatch):
+    images, labels = common.synthetic()[0]
+    monkeypatch.setattr(common, "synthetic", lambda real=common.synthetic: ((255 - images, labels), real()[1]))
+    refused("hinge_ce", "--epochs", "3", words=["other images"])
+
+
+def test_logits_that_are_no_numbers_are_not_recorded(call, capsys, tmp_path):
+    assert call("hinge_ce", "--epochs", "1", "--batch-size", "5000", "--lr", "1e38") == 2
+    assert "not finite" in capsys.readouterr().err and not lines(tmp_path / "runs")
+
+
 def test_a_malicious_checkpoint_is_not_executed(refused, interrupted, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -319,9 +330,11 @@ def run_all(*words, **environment):
                           env=os.environ | environment)
 
 
-def test_run_all_refuses_an_unknown_set():
-    done = run_all("imagenet")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize("words, environment", [(["imagenet"], {}), ([], {"JOBS": "0"}), ([], {"JOBS": "abc"}), ([], {"SEEDS": " "}),
+                                                ([], {"SEEDS": "00"}), ([], {"IMB": "1e2"}), ([], {"OUT": "/dev/null/x"})])
+def test_run_all_refuses(words, environment):
+    done = run_all(*words, **environment)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
 FAKE_PYTHON = """#!{python}
