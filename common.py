@@ -502,15 +502,16 @@ def load_data(args, device):
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
     train = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
+    images, labels = images[train], labels[train]  # one copy: your own images may be many gigabytes
     mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD]) if args.dataset in FINGERPRINTS else (
-        f(images[train], (0, 1, 2)) for f in (np.mean, np.std))
+        f(images, (0, 1, 2)) for f in (np.mean, np.std))
 
     def split(images, labels):
         return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),
                      *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (mean, std)))
-    return Data(split(images[train], labels[train]), val and split(*val), split(*test), counts,
+    return Data(split(images, labels), val and split(*val), split(*test), counts,
                 {"rule": rule, "total": len(subset), "sha256": sha256,
-                 "content": hashlib.sha256(images[train].tobytes() + bytes(str(counts), "ascii")).hexdigest()[:16]})
+                 "content": hashlib.sha256(images.tobytes() + bytes(str(counts), "ascii")).hexdigest()[:16]})
 
 
 # ---------------------------------------------------------------------------------------------------- 3 batches

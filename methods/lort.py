@@ -117,7 +117,8 @@ def main(argv=None):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.test_now():
-                run.best_test = max(run.best_test, score()[1]["all"])
+                logits, _ = common.predict(net, data.test)
+                run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
     common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": trained})
     logits1, acc1, acc1_flip = score()
 
@@ -145,7 +146,8 @@ def main(argv=None):
             losses.append(retarget(x, labels))
         run.log(losses)
         if run.test_now():
-            run.best_test = max(run.best_test, score()[1]["all"])
+            logits, _ = common.predict(net, data.test)
+            run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
 
     logits2, acc2, acc2_flip = score()
     metrics = {"stage 1 was trained with": trained or "unknown"} if args.stage1 else {}

@@ -108,8 +108,8 @@ def parse_args(argv):
     add("--gamma", type=common.NOT_NEGATIVE, default=1.0, help="of focal")
     add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="of la, after training")
     args = common.parse(parser, argv, RECIPE, CHANGES, named=("base",))
-    if args.strength == 0:
-        args.ablated = {}  # the base loss has a row of its own
+    if args.strength == 0:  # the base loss has a row of its own, which only its own flags ablate
+        args.ablated = {key: value for key, value in args.ablated.items() if key in ("gamma", "tau")}
     return args
 
 
