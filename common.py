@@ -62,7 +62,7 @@ SAVE_EVERY = 30.0  # seconds
 AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-LT
 ONE_OR_MORE = number(int, lambda n: n >= 1, "1 or more")
 ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more")
-POSITIVE = number(float, lambda v: 0 < v < math.inf, "above 0")
+POSITIVE = number(float, lambda v: 1e-30 < v < math.inf, "above 0")
 NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "0 or more")
 FACTOR = number(lambda text: text if text == "natural" else float(text), lambda v: v == "natural" or 1 <= v < math.inf,
                 "1 or more, or 'natural'")
@@ -86,7 +86,7 @@ def base_parser(doc):
     add("--batch-size", type=ONE_OR_MORE, help="images per step")
     add("--lr", type=POSITIVE, help="peak learning rate")
     add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
-    add("--backbone", choices=list(BACKBONES), default="resnet32", help="network below the classifier")
+    add("--backbone", choices=list(BACKBONES), help="network below the classifier")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
         help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -97,23 +97,15 @@ def base_parser(doc):
     return parser
 
 
-def parse(parser, argv, recipe, changes, named):
+def parse(parser, argv, recipe, changes):
     """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
-
-    args.changed and args.ablated: the flags of the recipe, and the method's own, that are not at their default; row() puts
-    them into the names of the table's rows. `named` are those of the method's that row names tell anyway (--variant).
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    first.add_argument("--dataset", default="cifar100")
-    dataset = first.parse_known_args(argv)[0].dataset
+    args.published: whether every flag of the recipe is at its default; only then row() puts the paper's number beside it."""
+    parser.set_defaults(**recipe)
+    dataset = parser.parse_args(argv).dataset
+    recipe = recipe | changes.get(dataset if dataset in DATASETS else "own", {})
     parser.set_defaults(**recipe, **({} if dataset in DATASETS else {"imb_factor": "natural"}))
-    parser.set_defaults(**changes.get(dataset if dataset in DATASETS else "own", {}))
     args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    own = [action.dest for action in parser._action_groups[-1]._group_actions if action.dest not in named]
-    args.changed, args.ablated = ({key: vars(args)[key] for key in keys if vars(args)[key] != parser.get_default(key)}
-                                  for keys in (("epochs", "batch_size", "lr", "weight_decay", "backbone"), own))
+    args.published, args.argv = all(vars(args)[key] == recipe[key] for key in recipe), sys.argv[1:] if argv is None else argv
     return args
 
 
@@ -129,9 +121,8 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # if it did not get that far
 
 
 def load(path):
@@ -156,6 +147,23 @@ def load_net(net, path):
     return state["flags"] if isinstance(state.get("flags"), dict) else {}
 
 
+def load_results(path):
+    """The lines of a results.jsonl."""
+    try:
+        results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        table(results)
+        return results
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path} does not hold result lines ({type(error).__name__}: {error})")
+
+
+def lock(folder, wait=0):
+    """Keep other processes out of a folder until the returned handle is closed; wait: fcntl.LOCK_NB to raise instead."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | wait)
+    return handle
+
+
 class Run:
     """One run: its folder, device and random numbers, the protocol it prints, its checkpoints, its result."""
 
@@ -165,28 +173,23 @@ class Run:
         self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], 0.0
         self.device, self.precision = self._machine()
         self.flags = vars(args) | {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
-        for key in ["out", "overwrite", "argv", "changed", "ablated"] + ["data_root"] * (args.dataset in DATASETS):
+        for key in ["out", "overwrite", "argv", "published"] + ["data_root"] * (args.dataset in DATASETS):
             del self.flags[key]  # these do not change the result
         imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
-        self.folder, results = Path(args.out, name), Path(args.out, name, "result.json")
+        self.folder, self.results = Path(args.out, name), Path(args.out, "results.jsonl")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            open(Path(args.out, "results.jsonl"), "a").close()
-            self.lock = open(self.folder / "lock", "a")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            open(self.results, "a").close()
+            self.lock = lock(self.folder, fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         except OSError as error:
             fail(f"--out {args.out}: cannot write there ({error.strerror})")
-        if results.exists() and not args.overwrite:
-            try:
-                result = json.loads(results.read_text())
-                self._refuse_other(results, result["flags"])
-                print(f"{self.folder} is finished; --overwrite runs it again\n{table([result])}")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                fail(f"{results} is damaged: --overwrite runs it again")
-            self._record(result)
+        finished = [result for result in load_results(self.results) if result.get("folder") == name]
+        if finished and not args.overwrite:
+            self._refuse_other(self.results, finished[-1].get("flags"))
+            print(f"{self.folder} is finished; --overwrite runs it again\n{table(finished[-1:])}")
             raise SystemExit(0)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
@@ -199,8 +202,8 @@ class Run:
         device = torch.device(("cuda" if gpus else "cpu") if args.device == "auto" else args.device)
         auto = "fp32" if device.type == "cpu" else "bf16" if args.backbone == "resnet34" else "tf32"
         precision = auto if args.precision == "auto" else args.precision
-        if device.type == "cpu" and precision != "fp32":
-            fail(f"--precision {precision} needs a GPU; a CPU is faster with fp32")
+        if (device.type, precision) == ("cpu", "tf32"):
+            fail("--precision tf32 needs a GPU; a CPU has fp32 and bf16")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # convolutions; matrix products stay in fp32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products on a GPU need
         torch.use_deterministic_algorithms(args.deterministic)
@@ -214,36 +217,30 @@ class Run:
                 fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {self.flags.get(key)}: "
                      "choose another --out, or --overwrite")
 
-    def begin(self, data, net, lrs, augmentation="crop, flip"):
-        """Print and keep the protocol; all is checked by now. lrs: the learning rate of every epoch of the run."""
-        self.data, args, n = data, self.args, np.array(data.counts)
-        if args.overwrite:
-            for path in [*self.folder.glob("*.ckpt"), self.folder / "result.json"]:
-                path.unlink(missing_ok=True)
-        turns = [e for e in range(len(lrs)) if e == 0 or lrs[e] != lrs[e - 1]]
-        if len(turns) > 12:  # a smooth schedule: its two ends and its peak
-            turns = sorted({0, int(np.argmax(lrs)), len(lrs) - 1})
+    def begin(self, data, net, *stages, augmentation="crop, flip"):
+        """Print and keep the protocol; all is checked by now. stages: the learning rates of the epochs of each."""
+        self.data, self.params = data, sum(p.numel() for p in net.parameters())
+        if self.args.overwrite:
+            self._record([])
+            for path in self.folder.glob("*.ckpt"):
+                path.unlink()
         gpu = self.device.type == "cuda"
         self.machine = torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-        self.params = sum(p.numel() for p in net.parameters())
+        shots = ", ".join(f"{group.sum()} {name}" for name, group in shot_groups(data.counts).items())
         self.card = {
-            "data": f"{args.dataset}, {len(n)} classes, {data.train.images.shape[2]} x {data.train.images.shape[1]} pixels",
             "subset": "{rule}; {total:,} images, sha256 {sha256}".format(**data.subset),
-            "training": f"{n.sum():,} images, {n.max()} to {n.min()} per class: "
-                        "{many} many (> 100), {medium} medium (20..100), {few} few (< 20)".format(
-                            **{name: group.sum() for name, group in shot_groups(n).items()}),
-            "validation": f"{len(data.val.labels):,} images, none of them trained on" if data.val else "none",
-            "test": f"{len(data.test.labels):,} images, after the last epoch"
-                    + f"; every {args.eval_every} epochs for 'best on test' only" * (args.eval_every > 0),
-            "network": f"{args.backbone}, {self.params:,} parameters, "
+            "training": f"{sum(data.counts):,} images, {max(data.counts)} to {min(data.counts)} per class; classes: {shots}",
+            "held out": f"{len(data.val.labels if data.val else []):,} for validation, {len(data.test.labels):,} for the test",
+            "network": f"{self.args.backbone}, {self.params:,} parameters, "
                        f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} of them trained",
-            "augmentation": augmentation,
-            "schedule": ", ".join(f"lr {lrs[e]:.4g} in epoch {e + 1}" for e in turns)
-                        + f" of {len(lrs)}; batches of {args.batch_size}",
-            "arithmetic": f"{self.precision} on {self.machine}, seed {args.seed}",
+            "batches": f"{self.args.batch_size} images, {augmentation}",
+            "schedule": "; then ".join(f"{len(lrs)} epochs, lr of epoch " + ", ".join(
+                f"{e + 1}: {lrs[e]:.3g}" for e in sorted({*range(0, len(lrs), -(-len(lrs) // 10)), len(lrs) - 1}))
+                for lrs in stages if lrs),
+            "arithmetic": f"{self.precision} on {self.machine}, seed {self.args.seed}",
             "reported": "last epoch, one view; 'flip' is the mean of the logits of an image and its mirror image"}
-        print(f"{self.method}, {self.variant} -> {self.folder}", *(f"  {k + ':':14}{v}" for k, v in self.card.items()),
-              sep="\n", flush=True)
+        print(f"{self.method}, {self.variant}, {self.args.dataset} -> {self.folder}")
+        print(*(f"  {key + ':':12}{text}" for key, text in self.card.items()), sep="\n", flush=True)
 
     def autocast(self):
         """For the forward pass: bf16 where --precision says so. Losses are computed outside of it, in fp32."""
@@ -312,28 +309,22 @@ class Run:
             "protocol": self.card, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
             "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
             "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None,
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
             "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
         save(self.folder / "weights.pt", {"net": net.state_dict(), "flags": self.flags})
         save(self.folder / "test_logits.pt", {"labels": self.data.test.labels, **logits})
-        save(results := self.folder / "result.json", json.dumps(result).encode())
-        self._record(result)
-        for path in results.parent.glob("*.ckpt"):
+        self._record([result])
+        for path in self.folder.glob("*.ckpt"):
             path.unlink()
         print(*(f"  {key}: {value}" for key, value in result["metrics"].items()), table([result]), sep="\n")
 
-    def _record(self, result):
-        """Append to results.jsonl unless the line stands there: all of it or nothing, whoever else is writing."""
-        line = json.dumps(result).encode() + b"\n"
-        with open(Path(self.args.out, "results.jsonl"), "a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if line not in (text := file.read()):
-                line = line if text[-1:] in (b"", b"\n") else b"\n" + line
-                if file.write(line) < len(line):  # a full disk takes a part and says nothing
-                    file.truncate(len(text))
-                    raise OSError(f"no space for the result line in {file.name}")
+    def _record(self, results):
+        """Put these lines into results.jsonl in place of this run's, whoever else is writing."""
+        handle = lock(self.results.parent)
+        others = [result for result in load_results(self.results) if result.get("folder") != self.folder.name]
+        save(self.results, "".join(json.dumps(result) + "\n" for result in others + results).encode())
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------- 2 data
@@ -384,23 +375,16 @@ def cifar(name, root):
     """[(images, labels) of the training set, the same of the test set], read and if need be fetched by torchvision."""
     import torchvision
     source = getattr(torchvision.datasets, name.upper())
-    files = {root / source.base_folder / file: md5 for file, md5 in source.train_list + source.test_list}
-    for path, md5 in files.items():
-        if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
-            fail(f"{path} is damaged (its md5 should be {md5}): delete it and start again")
-    if missing := [path.name for path in files if not path.exists()]:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with open(root / ".lock", "w") as lock:  # one download, however many runs start at once
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                source(root, download=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"{root / source.base_folder} lacks {', '.join(missing)} and the download failed ({error}): "
-                 "put torchvision's files there, or try --dataset synthetic, which needs none")
     try:
-        return [(part.data, np.array(part.targets)) for part in (source(root, train=True), source(root, train=False))]
-    except Exception as error:  # the file of the class names, say, is not among those above
-        fail(f"{root / source.base_folder} is damaged ({error}): delete it and start again")
+        root.mkdir(parents=True, exist_ok=True)
+        handle = lock(root)  # one download, however many runs start at once; files that are there and whole are left alone
+        parts = [source(root, train, download=True) for train in (True, False)]
+        os.close(handle)
+    except Exception as error:  # torchvision raises many kinds
+        files = ", ".join(file for file, _ in source.train_list + source.test_list)
+        fail(f"{root / source.base_folder}: {files} are missing or damaged, and the download failed ({error}): "
+             "put torchvision's files there, or try --dataset synthetic, which needs none")
+    return [(part.data, np.array(part.targets)) for part in parts]
 
 
 def synthetic():
@@ -422,25 +406,30 @@ def own_data(folder, root, size):
     with a folder per class, or *train.txt, *test.txt and maybe *val.txt of lines `path label`, the paths below root.
     Classes are numbered by their training images, the largest first. size: pixels a side, or None for one size as it is."""
     from PIL import Image, ImageOps
-    files = {}
+    from torchvision.datasets import ImageFolder
+    files, images = {}, {"val": None}
     for part in ("train", "test", "val"):
-        if (folder / part).is_dir():
-            files[part] = [(p, c.name) for c in sorted((folder / part).iterdir()) if c.is_dir()
-                           for p in sorted(c.glob("[!.]*")) or [c / "(no image)"]]
-        elif len(lists := list(folder.glob(f"*{part}.txt"))) == 1:
-            lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
-            if wrong := [line for line in lines if len(line) != 2]:
-                fail(f"{lists[0]}: '{wrong[0][0]}' is not a line `path label`")
-            files[part] = [(root / path, label) for path, label in lines]
-        elif part != "val" or lists:
-            fail(f"{folder} has neither a folder {part}/ nor one list *{part}.txt")
-    counts = Counter(label for _, label in files["train"])
-    if not counts:
+        lists = list(folder.glob(f"*{part}.txt"))
+        try:
+            if (folder / part).is_dir():
+                found = ImageFolder(folder / part)
+                files[part] = [(path, found.classes[k]) for path, k in found.samples]
+            elif part != "val" or lists:
+                if len(lists) != 1:
+                    raise ValueError(f"there are {len(lists)}")
+                lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
+                if odd := [line for line in lines if len(line) != 2]:
+                    raise ValueError(f"not '{odd[0][0]}'")
+                files[part] = [(root / path, label) for path, label in lines]
+        except (OSError, ValueError) as error:
+            fail(f"{folder} needs {part}/ with a folder per class, or one list *{part}.txt of lines `path label`: {error}")
+    if not (sizes := Counter(label for _, label in files["train"])):
         fail(f"{folder} has no training images")
-    number_of = {name: c for c, name in enumerate(sorted(counts, key=lambda name: (-counts[name], name)))}
     for part in files:
-        for name in sorted(counts.keys() ^ {label for _, label in files[part]}):
-            fail(f"{folder}: class {name} is missing in {part if name in counts else 'train'}")
+        for name in sorted(sizes.keys() ^ {label for _, label in files[part]}):
+            fail(f"{folder}: class {name} is missing in {part if name in sizes else 'train'}")
+    classes = sorted(sizes, key=lambda name: (-sizes[name], name))
+    number_of = dict(zip(classes, range(len(classes))))
 
     def read(path):
         try:
@@ -451,33 +440,30 @@ def own_data(folder, root, size):
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"{path} cannot be read as an image ({error})") from None
         return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
-    sets = {}
+
     for part in files:
-        paths, names = zip(*files[part])
         try:
-            images = thread_map(read, paths, desc=f"reading {part}", disable=None)
+            pixels = thread_map(read, [path for path, _ in files[part]], desc=f"reading {part}", disable=None)
         except ValueError as error:
             fail(error)
-        if odd := [path for path, image in zip(paths, images) if image.shape != images[0].shape]:
-            fail(f"{odd[0]} and {paths[0]} differ in size: give --image-size")
-        if min(images[0].shape[:2]) < 8:
-            fail(f"{paths[0]} has fewer than 8 pixels a side: give --image-size")
-        sets[part] = np.stack(images), np.array([number_of[name] for name in names])
-    return sets["train"], sets["test"], sets.get("val")
+        for (path, _), image in zip(files[part], pixels):
+            if image.shape != pixels[0].shape or min(image.shape[:2]) < 8:
+                fail(f"{path} differs from the others in size, or has fewer than 8 pixels a side: give --image-size")
+        images[part] = np.stack(pixels), np.array([number_of[label] for _, label in files[part]])
+    return images["train"], images["test"], images["val"]
 
 
 def load_data(args, device):
     """The long-tailed training set, the validation set if any, the whole test set, and what to say about them."""
-    val, held_out = None, args.val_per_class
+    val, held_out, folder = None, args.val_per_class, Path(args.dataset)
     if args.dataset == "synthetic":
         (images, labels), test = synthetic()
     elif args.dataset in DATASETS:
         (images, labels), test = cifar(args.dataset, Path(args.data_root or "data"))
     else:
-        folder = Path(args.dataset)
         (images, labels), test, val = own_data(folder, Path(args.data_root or folder), args.image_size)
-        if val and held_out:
-            fail(f"--val-per-class {held_out}: {folder} has validation images of its own")
+    if val and held_out:
+        fail(f"--val-per-class {held_out}: {folder} has validation images of its own")
     available = np.bincount(labels).tolist()
     if len(available) < 2:
         fail(f"--dataset {args.dataset} has a single class")
@@ -485,10 +471,10 @@ def load_data(args, device):
     if args.imb_factor != "natural":
         counts = exp_counts(max(available), len(available), args.imb_factor)
         rule = f"int({max(available)} * {args.imb_factor:g}^(-c/{len(available) - 1})) of class c, seed {args.subset_seed}"
+    for c, (n, there) in enumerate(zip(counts, available)):
+        if n > there:
+            fail(f"class {c} has {there} images, --imb-factor {args.imb_factor:g} needs {n}: try --imb-factor natural")
     per_class = np.split(long_tail_indices(labels, available, args.subset_seed), np.cumsum(available)[:-1])
-    for c, (n, index) in enumerate(zip(counts, per_class)):
-        if n > len(index):
-            fail(f"class {c} has {len(index)} images, --imb-factor {args.imb_factor:g} needs {n}: try --imb-factor natural")
     subset = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
     sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
@@ -701,34 +687,31 @@ def fisher_ratio(feat, labels):
 
 
 def row(name, paper, args, acc, acc_flip=None):
-    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it. Flags
-    that are not the paper's go into the row's name; with an ablated method no number of the paper stands beside it."""
-    source, numbers = paper.get(name, ("", {})) if not args.ablated else ("", {})
-    percent = numbers.get((args.dataset, args.imb_factor))
-    name += "".join(f", {key.replace('_', '-')} {value}" for key, value in (args.ablated | args.changed).items())
+    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it."""
+    source, numbers = paper.get(name, ("", {}))
+    percent = numbers.get((args.dataset, args.imb_factor)) if args.published else None
     return {"row": name, "acc": acc, "acc_flip": acc_flip, "paper": percent and {"all": percent, "source": source}}
 
 
 def table(results):
-    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of runs that differ in nothing else.
+    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of one command, the later of equal runs.
     A line whose acc is null announces a run that is still to be made."""
     groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
     for result in results:
-        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every")}
-        flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
+        command = re.sub(r" --(overwrite|(seed|out|device|data-root|eval-every)[ =]\S+)", "", result["command"])
+        command = re.sub(r"\S*/(\S+)-seed\d+/", r"\1/", command)  # of --stage1
         for entry in result["rows"]:
             key = result["method"], entry["row"], result["dataset"], result["imb_factor"]
-            if entry["acc"] or key not in done:  # of two equal runs the later one counts
-                groups.setdefault((*key, json.dumps(flags, sort_keys=True)), {})[result["seed"]] = result, entry
+            if entry["acc"] or key not in done:
+                groups.setdefault((command, *key, result.get("precision")), {})[result["seed"]] = result, entry
 
     def cell(values):
         values = [v for v in values if v is not None]
         return (f"{np.mean(values):.1f}" if values else "") + (f" ± {np.std(values, ddof=1):.1f}" if values[1:] else "")
     lines = [["command", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run",
               "seeds"]]
-    for (_, name, dataset, factor, _), seeds in groups.items():
+    for (command, _, name, dataset, factor, _), seeds in groups.items():
         runs, entries = zip(*seeds.values())
-        command = re.sub(r" --(overwrite|(seed|out|device|data-root)[ =]\S+)", "", runs[0]["command"])
         paper = entries[0]["paper"]
         acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
         lines.append([f"`{command}`", name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
@@ -742,11 +725,6 @@ def table(results):
 
 
 if __name__ == "__main__":
-    found, text = [], "usage: python common.py RESULTS.jsonl [MORE.jsonl ...]"
-    for name in sys.argv[1:] or fail(text):
-        try:
-            found += [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
-            text = table(found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{name} does not hold result lines ({type(error).__name__}: {error})")
-    print(text)
+    if not sys.argv[1:]:
+        fail("usage: python common.py RESULTS.jsonl [MORE.jsonl ...]")
+    print(table([result for name in sys.argv[1:] for result in load_results(Path(name))]))

@@ -100,7 +100,7 @@ def choose(adjust, logits, labels, counts):
 
 # ---- the recipe
 
-RECIPE = dict(epochs=320, batch_size=64, lr=0.01, backbone="resnet34", val_per_class=20,        # both codes
+RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="resnet34", val_per_class=20,  # both
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
            "own": dict(val_per_class=0)}
@@ -127,7 +127,7 @@ def parse_args(argv):
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of wb's stage 2")
     add("--lr2", type=common.POSITIVE, help="its peak learning rate")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="its weight decay")
-    args = common.parse(parser, argv, RECIPE, CHANGES, named=("variant", "cb_loss", "stage1"))
+    args = common.parse(parser, argv, RECIPE, CHANGES)
     if args.stage1 and args.variant != "wb":
         common.fail(f"--stage1 is for --variant wb; {args.variant} has one stage")
     if args.weight_decay is None:
@@ -162,7 +162,7 @@ def main(argv=None):
     weights = class_balanced_weights(data.counts, args.beta).to(run.device)         # (K,)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)] if args.variant == "wb" else []
-    run.begin(data, net, lrs + lrs2)
+    run.begin(data, net, lrs, lrs2)
 
     # the one stage; of wb the first
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),

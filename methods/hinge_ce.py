@@ -70,7 +70,7 @@ class Projected(nn.Module):
 # ---- the recipe
 
 RECIPE = dict(epochs=256, batch_size=128, lr=0.4, weight_decay=1e-4, backbone="resnet32",  # App. B
-              width=128, tau_plus=2 * math.pi / 9)                                         # Table 4: 40 degrees
+              width=128, tau_plus=2 * math.pi / 9, tau_major=0.0, tau_minus="pi", minor=50, warmup=None)  # Table 4: 40 degrees
 CHANGES = {"cifar10": dict(width=64, tau_plus=math.pi / 3),                                # Table 4: 60 degrees
            "synthetic": dict(epochs=20, batch_size=64, backbone="small", lr=0.2, width=64, tau_plus=math.pi / 3)}  # ours
 PAPER = {"ce": ("Table 2", {("cifar10", 100): 72.8, ("cifar100", 100): 39.5}),
@@ -90,12 +90,12 @@ def parse_args(argv):
     add("--width", type=common.ONE_OR_MORE, help="m, the projector's output dimensions")
     add("--tau-plus", type=common.number(float, lambda v: 0 <= v <= math.pi / 2, "in [0, pi/2]"),
         help="radians: the cone of the minor classes")
-    add("--tau-major", type=common.number(float, lambda v: 0 <= v <= math.pi / 2, "in [0, pi/2]"), default=0.0,
+    add("--tau-major", type=common.number(float, lambda v: 0 <= v <= math.pi / 2, "in [0, pi/2]"),
         help="radians: the cone of all other classes; 0 is none")
-    add("--tau-minus", choices=["pi", "theta"], default="pi", help="pi: none; theta: theta_K - tau+ (Theorem 1)")
-    add("--minor", type=common.ZERO_OR_MORE, default=50, help="classes of at most so many training images get a cone")
+    add("--tau-minus", choices=["pi", "theta"], help="pi: none; theta: theta_K - tau+ (Theorem 1)")
+    add("--minor", type=common.ZERO_OR_MORE, help="classes of at most so many training images get a cone")
     add("--warmup", type=common.ZERO_OR_MORE, help="epochs in which the learning rate rises; if not given: 5 for ce, else 0")
-    args = common.parse(parser, argv, RECIPE, CHANGES, named=("variant",))
+    args = common.parse(parser, argv, RECIPE, CHANGES)
     if args.warmup is None:
         args.warmup = 5 if args.variant == "ce" else 0
     return args

@@ -55,7 +55,7 @@ def regularized_std(logits, labels):
 # ---- the recipe
 
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",       # the authors' code
-              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98)
+              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train")
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02, weight_decay=1e-3)}  # ours, for the demo
 SOURCE = "best of 5, flip, best test epoch"
 PAPER = {"stage 1": (SOURCE, {("cifar100", 100): 48.4}),
@@ -75,8 +75,8 @@ def parse_args(argv):
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
-    add("--bn", choices=["train", "eval"], default="train", help="normalisation in stage 2: moving on, or frozen")
-    return common.parse(parser, argv, RECIPE, CHANGES, named=("stage1",))
+    add("--bn", choices=["train", "eval"], help="normalisation in stage 2: moving on, or frozen")
+    return common.parse(parser, argv, RECIPE, CHANGES)
 
 
 def main(argv=None):
@@ -87,7 +87,7 @@ def main(argv=None):
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)]
     trained = common.load_net(net, args.stage1) if args.stage1 else run.flags     # the flags of stage 1
-    run.begin(data, net, lrs + lrs2)
+    run.begin(data, net, lrs, lrs2)
 
     def score():
         """Test logits (N, K), and the accuracies without and with the mirror image."""

@@ -79,7 +79,8 @@ def class_balanced_weights(counts, beta):
 
 # ---- the recipe
 
-RECIPE = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, backbone="resnet32")       # LDAM-DRW's
+RECIPE = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, backbone="resnet32",       # LDAM-DRW's
+              theta=0.4, project="yes", schedule="ramp", form="dot", gamma=1.0, tau=1.0)
 CHANGES = {"synthetic": dict(epochs=20, batch_size=64, backbone="small")}                       # ours, for the demo
 SOURCE = "poster"
 PAPER = {"bs": (SOURCE, {("cifar100", 100): 46.3, ("cifar100", 50): 51.2, ("cifar100", 10): 61.5}),
@@ -100,17 +101,14 @@ def parse_args(argv):
     add = parser.add_argument_group("LWR").add_argument
     add("--base", choices=["bs", "ce-drw", "focal", "la"], default="bs", help="the loss that R is added to")
     add("--strength", type=common.NOT_NEGATIVE, default=0.1, help="of the repulsion; 0 is the base loss itself")
-    add("--theta", type=common.number(float, lambda v: -1 <= v <= 1, "in [-1, 1]"), default=0.4,
+    add("--theta", type=common.number(float, lambda v: -1 <= v <= 1, "in [-1, 1]"),
         help="cosine above which a pair repels")
-    add("--project", choices=["yes", "no"], default="yes", help="keep only the part of the gradient that turns a vector")
-    add("--schedule", choices=["ramp", "const", "square", "deferred", "falling"], default="ramp", help="lambda(t)")
-    add("--form", choices=["dot", "cos", "hinge2"], default="dot", help="of a pair's repulsion, see lwr()")
-    add("--gamma", type=common.NOT_NEGATIVE, default=1.0, help="of focal")
-    add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="of la, after training")
-    args = common.parse(parser, argv, RECIPE, CHANGES, named=("base",))
-    if args.strength == 0:  # the base loss has a row of its own, which only its own flags ablate
-        args.ablated = {key: value for key, value in args.ablated.items() if key in ("gamma", "tau")}
-    return args
+    add("--project", choices=["yes", "no"], help="keep only the part of the gradient that turns a vector")
+    add("--schedule", choices=["ramp", "const", "square", "deferred", "falling"], help="lambda(t)")
+    add("--form", choices=["dot", "cos", "hinge2"], help="of a pair's repulsion, see lwr()")
+    add("--gamma", type=common.NOT_NEGATIVE, help="of focal")
+    add("--tau", type=common.NOT_NEGATIVE, help="of la, after training")
+    return common.parse(parser, argv, RECIPE, CHANGES)
 
 
 def main(argv=None):

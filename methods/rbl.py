@@ -151,7 +151,8 @@ def strong(images, generator):
 
 # ---- the recipe
 
-RECIPE = dict(epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, backbone="resnet32", dim=256, augment="strong")
+RECIPE = dict(epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, backbone="resnet32", dim=256, augment="strong",
+              tau=1.0)
 CHANGES = {"synthetic": dict(epochs=20, batch_size=64, backbone="small", dim=64, augment="crop")}  # ours, for the demo
 SOURCE = "poster, Table 1: best test epoch"
 PAPER = {"rbl": (SOURCE, {("cifar10", 50): 87.6, ("cifar10", 100): 84.7, ("cifar10", 200): 81.2,
@@ -172,9 +173,9 @@ def parse_args(argv):
     add = parser.add_argument_group("RBL").add_argument
     add("--head", choices=["rbl", "fixed", "linear"], default="rbl", help="learned rotation; frozen; ordinary classifier")
     add("--dim", type=common.ONE_OR_MORE, help="d, the dimensions of g and of the frame")
-    add("--tau", type=common.NOT_NEGATIVE, default=1.0, help="strength of the post-hoc logit adjustment")
+    add("--tau", type=common.NOT_NEGATIVE, help="strength of the post-hoc logit adjustment")
     add("--augment", choices=["strong", "crop"], help="crop, flip, AutoAugment and Cutout; or crop and flip alone")
-    return common.parse(parser, argv, RECIPE, CHANGES, named=("head",))
+    return common.parse(parser, argv, RECIPE, CHANGES)
 
 
 def main(argv=None):
@@ -195,7 +196,7 @@ def main(argv=None):
                                 momentum=0.9, weight_decay=args.weight_decay, nesterov=True, fused=True)
     lrs = [warmup_cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     augment = strong if args.augment == "strong" else common.crop_flip
-    run.begin(data, net, lrs, "crop, flip" + ", AutoAugment, Cutout" * (args.augment == "strong"))
+    run.begin(data, net, lrs, augmentation="crop, flip" + ", AutoAugment, Cutout" * (args.augment == "strong"))
 
     def step(x, labels):
         with run.autocast():

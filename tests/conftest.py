@@ -24,7 +24,7 @@ def call(tmp_path):
             raise SystemExit(0)
         for run in runs:
             if hasattr(run, "lock"):
-                run.lock.close()  # as the end of a process would
+                os.close(run.lock)  # as the end of a process would
         return stop.value.code
     return call
 

@@ -67,7 +67,7 @@ def test_a_device_that_is_not_there(refused, device):
 
 
 def test_precision_on_a_cpu(refused):
-    refused("hinge_ce", "--precision", "bf16", words=["GPU"])
+    refused("hinge_ce", "--precision", "tf32", words=["GPU"])
 
 
 def test_an_output_folder_that_cannot_be_written(refused, tmp_path):
@@ -102,7 +102,7 @@ def test_a_damaged_cifar_file(refused, tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     (folder / "train").write_bytes(b"half")
-    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=[str(folder / "train"), "damaged"])
+    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=[str(folder), "damaged", "synthetic"])
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "empty", "folder", "tensor", "other network", "module", "number", "odd flags"])
@@ -125,16 +125,19 @@ def test_stage_one_where_there_is_one_stage(refused):
     refused("ewb_fdr", "--variant", "wd", "--stage1", "x", words=["--stage1"])
 
 
-def test_a_damaged_result(refused, call, tmp_path):
-    folder = tmp_path / "runs" / "hinge_ce-hinge-synthetic-if100-seed0"
-    folder.mkdir(parents=True)
-    for content in ("{", "[]", "{}", "null", '{"flags": 3}'):
-        (folder / "result.json").write_text(content)
-        refused("hinge_ce", words=["result.json", "--overwrite"])
+def test_damaged_results(refused, tmp_path):
+    results = tmp_path / "runs" / "results.jsonl"
+    results.parent.mkdir()
+    line = {"method": "hinge_ce", "dataset": "synthetic", "imb_factor": 100.0, "seed": 0, "rows": [], "best_test": None,
+            "seconds": 1.0, "command": "x", "folder": "hinge_ce-hinge-synthetic-if100-seed0"}
+    for content in ("{", "[]", "{}", "null", '{"flags": 3}', json.dumps(line), json.dumps(line | {"flags": 3}), b"\xff"):
+        results.write_bytes(content if isinstance(content, bytes) else content.encode())
+        refused("hinge_ce", words=["results.jsonl"])
+    results.write_text(json.dumps(line | {"flags": {}}))
     refused("hinge_ce", "--overwrite", "--width", "19", words=["--width"])
-    assert (folder / "result.json").exists()  # a run that cannot start deletes nothing
-    (folder.parent / "results.jsonl").unlink()
-    (folder.parent / "results.jsonl").mkdir()
+    assert results.read_text()  # a run that cannot start deletes nothing
+    results.unlink()
+    results.mkdir()
     refused("hinge_ce", words=["--out"])
 
 
@@ -230,7 +233,7 @@ def break_own(own, how):
         for part in ("train", "test"):
             __import__("shutil").rmtree(own / part)
             (own / part).mkdir()
-        return "no training images"
+        return "class folder"
     if how == "two val lists":
         for name in ("a_val.txt", "b_val.txt"):
             (own / name).write_text("x 1")
@@ -258,7 +261,7 @@ def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
 
 
-@pytest.mark.parametrize("content, words", [("a.png\n", "a.png"), ("none.png 8\n", "none.png"), ("", "train"), ("a b c.png\n", "c.png is missing in test"), ("\x00 8\n", "cannot be read")])
+@pytest.mark.parametrize("content, words", [("a.png\n", "a.png"), ("none.png 8\n", "none.png"), ("", "no training images"), ("a b c.png\n", "c.png is missing in test"), ("\x00 8\n", "cannot be read")])
 def test_broken_lists(refused, own, content, words):
     lists = as_lists(own)
     good = (lists / "My_LT_train.txt").read_text() if content else ""

@@ -56,7 +56,7 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
     if script != "rbl" and "la" not in mode:  # these keep the logits before the adjustment
         counts = common.load_data(common_arguments(result["flags"]), torch.device("cpu")).counts
         assert common.report(headline, saved["labels"], counts) == result["acc"]
-    assert not [str(w.message) for w in recwarn if w.category is not ResourceWarning]  # the lock is held to the process's end
+    assert not [str(w.message) for w in recwarn]
 
 
 def common_arguments(flags):
@@ -93,6 +93,16 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         assert strengths[0] == strengths[1]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bf16_is_near_fp32_and_keeps_the_weights_in_fp32(call, tmp_path, script):
+    for precision in ("fp32", "bf16"):
+        assert call(script, *TINY, "--precision", precision, out=tmp_path / precision) == 0
+    a, b = (lines(tmp_path / precision)[0] for precision in ("fp32", "bf16"))
+    assert (a["precision"], b["precision"]) == ("fp32", "bf16") and abs(a["acc"]["all"] - b["acc"]["all"]) < 15
+    assert all(v.dtype in (torch.float32, torch.int64) for v in weights(tmp_path / "bf16").values())
+    assert not same(weights(tmp_path / "fp32"), weights(tmp_path / "bf16"))
+
+
 def test_strength_zero_and_theta_one_are_the_base(call, tmp_path):
     for name, flags in {"base": ("--strength", 0), "gated": ("--theta", 1), "lwr": ("--theta", 0.0, "--strength", 5)}.items():
         assert call("lwr", *TINY, *flags, out=tmp_path / name) == 0
@@ -114,19 +124,18 @@ def test_stage_one_is_shared_where_the_recipe_is_equal(call, tmp_path, capsys):
     assert call("ewb_fdr", *TINY, "--variant", "wb", "--stage1", stage1, out=shared) == 0
     trained = lines(tmp_path / "runs")[1]
     # stage 2 shuffles on from stage 1's random numbers when one process does both, and afresh otherwise
-    assert trained["row"] == lines(shared)[0]["row"] == "wb, epochs 2"
+    assert trained["row"] == lines(shared)[0]["row"] == "wb"
     capsys.readouterr()
     assert call("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", stage1, out=tmp_path / "other") == 2
     assert "--epochs" in capsys.readouterr().err
     assert call("lort", *TINY, "--stage1", stage1, out=shared) == 0
-    assert lines(shared)[1]["rows"][0]["acc"] == next(row for row in lines(tmp_path / "runs")[0]["rows"] if row["row"] == "wd, epochs 2")["acc"]
+    assert lines(shared)[1]["rows"][0]["acc"] == next(row for row in lines(tmp_path / "runs")[0]["rows"] if row["row"] == "wd")["acc"]
 
 
 # ---- finished, other flags, foreign files
 
 def test_a_finished_run_is_not_run_again_and_other_flags_are_refused(call, refused, tmp_path, capsys):
     assert call("hinge_ce", *TINY) == 0
-    (tmp_path / "runs" / "results.jsonl").unlink()  # the line comes back from the run's folder
     began = time.time()
     assert call("hinge_ce", *TINY) == 0 and time.time() - began < 1
     assert "is finished" in capsys.readouterr().out and len(lines(tmp_path / "runs")) == 1
@@ -134,7 +143,16 @@ def test_a_finished_run_is_not_run_again_and_other_flags_are_refused(call, refus
     refused("hinge_ce", "--epochs", "3", words=["--epochs 2", "3", "--overwrite"])
     refused("hinge_ce", *TINY, "--tau-plus", "0.5", words=["--tau-plus"])
     assert call("hinge_ce", "--epochs", "1", "--overwrite") == 0
-    assert [line["flags"]["epochs"] for line in lines(tmp_path / "runs")] == [2, 1]
+    assert [line["flags"]["epochs"] for line in lines(tmp_path / "runs")] == [1]
+
+
+def test_an_interrupted_second_run_does_not_count_as_finished(call, tmp_path, monkeypatch):
+    assert call("hinge_ce", *TINY) == 0 and call("lort", *TINY) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call("hinge_ce", *TINY, "--overwrite") == 130
+    assert [line["method"] for line in lines(tmp_path / "runs")] == ["lort"]
+    assert call("hinge_ce", *TINY) == 0 and len(lines(tmp_path / "runs")) == 2
 
 
 @pytest.fixture
@@ -272,18 +290,20 @@ def test_a_full_disk_ends_with_one_line_and_keeps_what_was_there(tmp_path):
     assert (tmp_path / "results.jsonl").read_bytes() == before and not list(tmp_path.glob("*/.*.tmp"))
 
 
-def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+def test_a_line_that_does_not_fit_leaves_the_others(tmp_path):
     code = f"""
 import sys, resource; sys.path.insert(0, {str(ROOT)!r})
 import common
-from types import SimpleNamespace
-run = common.Run.__new__(common.Run); run.args = SimpleNamespace(out={str(tmp_path)!r})
-common.Run._record(run, {{"a": 1}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
-common.guard(lambda: common.Run._record(run, {{"b": "x" * 100}}))
+from pathlib import Path
+run = common.Run.__new__(common.Run)
+run.results, run.folder = Path({str(tmp_path)!r}, "results.jsonl"), Path({str(tmp_path)!r}, "mine")
+run.results.write_text('{{"rows": [], "folder": "other"}}\\n')
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
+common.guard(lambda: run._record([{{"rows": [], "folder": "mine", "b": "x" * 100}}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and "error" in done.stderr and (tmp_path / "results.jsonl").read_text() == '{"a": 1}\n'
+    assert done.returncode == 2 and "error" in done.stderr and [line["folder"] for line in lines(tmp_path)] == ["other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_folder_that_vanishes_ends_with_one_line(call, tmp_path, monkeypatch, capsys):
