@@ -489,8 +489,10 @@ def load_data(args, device):
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
     train = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
     images, labels = images[train], labels[train]  # one copy: your own images may be many gigabytes
-    mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD]) if args.dataset in FINGERPRINTS else (
-        f(images, (0, 1, 2)) for f in (np.mean, np.std))
+    mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD])
+    if args.dataset not in FINGERPRINTS:  # image by image, for the same reason
+        mean, square = np.mean([[f(image.astype(float)).mean((0, 1)) for f in (np.positive, np.square)] for image in images], 0)
+        std = np.sqrt(square - mean**2)
 
     def split(images, labels):
         return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),

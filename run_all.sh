@@ -3,33 +3,41 @@
 #
 #   bash run_all.sh                  the generated data set: minutes on a CPU, nothing to download
 #   bash run_all.sh cifar100         the papers' recipes on CIFAR-100-LT (or cifar10): wants a GPU
+#   bash run_all.sh one-protocol     CIFAR-100-LT with one network, augmentation, batch size, number of epochs and set of
+#                                    training images for all; what a method is (losses, rates, second stage) stays its own
 #
-#   SEEDS="0 1 2"  IMB="100 50 10"  JOBS=4 (runs at a time)  OUT=runs  FLAGS="--epochs 2" (for every run)
+#   SEEDS="0 1 2"  IMB="100 50 10"  METHODS="lort rbl"  JOBS=4 (runs at a time)  OUT=runs  FLAGS="--epochs 2" (for every run)
 #
 # A recorded run is not run again, an interrupted one goes on where it was, and a failing one does not stop the others.
 set -u
 cd "$(dirname "$0")" || exit 2
-dataset=${1:-synthetic}
+dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=()
 case "$dataset" in
     synthetic) seeds=0 jobs=$(nproc) ;;
-    cifar10 | cifar100) seeds="0 1 2" jobs=1 ;;
-    *) echo "error: usage: bash run_all.sh [synthetic | cifar10 | cifar100]" >&2; exit 2 ;;
+    cifar10 | cifar100) ;;
+    one-protocol)
+        dataset=cifar100 rbl=(--augment crop)
+        protocol=(--backbone resnet32 --epochs 200 --batch-size 128 --val-per-class 20) ;;
+    *) echo "error: usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" >&2; exit 2 ;;
 esac
 read -ra seeds <<< "${SEEDS:-$seeds}"
 read -ra factors <<< "${IMB:-100}"
 read -ra flags <<< "${FLAGS:-}"
 jobs=${JOBS:-$jobs}
-out=${OUT:-runs}/$dataset
+out=${OUT:-runs}/${1:-synthetic}
 usage() { echo "error: $1" >&2; exit 2; }
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || usage "JOBS=$jobs: a number of runs, 1 or more"
 [[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"
 [[ "${factors[*]}" =~ ^([1-9][0-9]*|natural)(\ ([1-9][0-9]*|natural))*$ ]] || usage "IMB=${factors[*]}: whole numbers, or natural"
+methods=${METHODS:-$(cd methods && echo *.py)}
+for name in ${methods//.py/}; do [ -f "methods/$name.py" ] || usage "METHODS=$methods: there is no methods/$name.py"; done
 mkdir -p "$out/logs" 2> /dev/null || usage "OUT=${OUT:-runs}: cannot write there"
 : > "$out/logs/failed"
 if ((jobs > 1)); then export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs)); fi
 
 run() {  # one script with its flags, unless results.jsonl holds a run by the same command
-    local command=(methods/"$@" --dataset "$dataset" --imb-factor "$factor" --seed "$seed" --out "$out" "${flags[@]}")
+    [[ " ${methods//.py/} " == *" ${1%.py} "* ]] || return
+    local command=(methods/"$@" "${protocol[@]}" --dataset "$dataset" --imb-factor "$factor" --seed "$seed" --out "$out" "${flags[@]}")
     local log="$out/logs/$(tr -c 'a-z0-9.\n' '-' <<< "$* if$factor seed$seed").txt"
     if grep -qsF "\"command\": \"${command[*]}\"" "$out/results.jsonl"; then
         echo "recorded: ${command[*]}"
@@ -63,7 +71,7 @@ for seed in "${seeds[@]}"; do
         queue weight_balancing
         for variant in ce cb etf fr-etf; do queue run ewb_fdr.py --variant $variant; done
         queue run lort.py
-        for head in linear fixed rbl; do queue run rbl.py --head $head; done
+        for head in linear fixed rbl; do queue run rbl.py --head $head "${rbl[@]}"; done
         for base in bs ce-drw focal la; do
             queue run lwr.py --base $base --strength 0
             queue run lwr.py --base $base

@@ -351,7 +351,7 @@ def run_all(*words, **environment):
 
 
 @pytest.mark.parametrize("words, environment", [(["imagenet"], {}), ([], {"JOBS": "0"}), ([], {"JOBS": "abc"}), ([], {"SEEDS": " "}),
-                                                ([], {"SEEDS": "00"}), ([], {"IMB": "1e2"}), ([], {"OUT": "/dev/null/x"})])
+                                                ([], {"SEEDS": "00"}), ([], {"IMB": "1e2"}), ([], {"METHODS": "rbl vit"}), ([], {"OUT": "/dev/null/x"})])
 def test_run_all_refuses(words, environment):
     done = run_all(*words, **environment)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
@@ -397,3 +397,10 @@ def test_run_all_skips_what_is_recorded_and_goes_on_after_a_failure(tmp_path):
     done = run_all("cifar100", **environment)  # what failed is run again, and nothing else
     assert done.returncode == 0 and done.stdout.count("recorded:") == 4 * 21, done.stderr
     assert [line.split()[:3] for line in trace.read_text().splitlines()] == [["methods/rbl.py", "--head", "fixed"]] * 4
+    trace.unlink()
+    assert run_all("cifar100", **environment | {"METHODS": "lort hinge_ce", "SEEDS": "7"}).stdout.count("finished:") == 2 * 4
+    trace.unlink()
+    done = run_all("one-protocol", **environment | {"SEEDS": "0", "IMB": "100"})
+    runs = trace.read_text().splitlines()
+    assert done.returncode == 0 and len(runs) == 22 and sum("--augment crop" in run for run in runs) == 3
+    assert all("--backbone resnet32 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100" in run for run in runs)
