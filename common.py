@@ -42,10 +42,12 @@ def guard(main):
     except KeyboardInterrupt:
         print("\nstopped: the same command, without --overwrite, goes on from the last saved epoch", file=sys.stderr)
         raise SystemExit(130) from None
-    except torch.cuda.OutOfMemoryError:
-        fail("out of GPU memory: lower --batch-size, with --overwrite")
-    except (OSError, MemoryError) as error:
-        fail(f"{error or 'out of memory'}: what was saved is intact; the same command, without --overwrite, goes on from there")
+    except (RuntimeError, MemoryError) as error:  # torch has several kinds
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        fail("out of memory: lower --batch-size, with --overwrite")
+    except OSError as error:
+        fail(f"{error}: what was saved is intact; the same command, without --overwrite, goes on from there")
 
 
 def number(kind, ok, wanted):
@@ -200,6 +202,8 @@ class Run:
         if args.device not in ("auto", "cpu") and not (cuda and int(args.device[5:] or 0) < gpus):
             fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N; this machine has {gpus} CUDA devices")
         device = torch.device(("cuda" if gpus else "cpu") if args.device == "auto" else args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
         auto = "fp32" if device.type == "cpu" else "bf16" if args.backbone == "resnet34" else "tf32"
         precision = auto if args.precision == "auto" else args.precision
         if (device.type, precision) == ("cpu", "tf32"):
@@ -207,6 +211,7 @@ class Run:
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # convolutions; matrix products stay in fp32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products on a GPU need
         torch.use_deterministic_algorithms(args.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and which no result needs
         return device, precision
 
     def _refuse_other(self, path, flags):
@@ -312,8 +317,8 @@ class Run:
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
             "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-        save(self.folder / "weights.pt", {"net": net.state_dict(), "flags": self.flags})
-        save(self.folder / "test_logits.pt", {"labels": self.data.test.labels, **logits})
+        save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags})
+        save(self.folder / "test_logits.pt", {k: v.cpu() for k, v in {"labels": self.data.test.labels, **logits}.items()})
         self._record([result])
         for path in self.folder.glob("*.ckpt"):
             path.unlink()
@@ -543,19 +548,20 @@ def captured(step, net, optimizer):
     be a tensor that is changed in place; the optimizer is SGD with momentum. Capturing leaves weights, buffers and
     momentum as they were.
     """
-    graphs = {}
+    if not next(net.parameters()).is_cuda:
+        return step
+    graphs, stream = {}, torch.cuda.Stream()
 
     def capture(x, labels):
         weights = [v.clone() for v in net.state_dict().values()]
         momentum = {p: state["momentum_buffer"].clone() for p, state in optimizer.state.items()}
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up: libraries choose their kernels, momentum buffers appear
             for _ in range(3):
                 step(x, labels)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             loss = step(x, labels)
         for value, before in zip(net.state_dict().values(), weights):
             value.copy_(before)
@@ -571,7 +577,7 @@ def captured(step, net, optimizer):
         static_labels.copy_(labels)
         graph.replay()
         return loss.clone()
-    return replay if next(net.parameters()).is_cuda else step
+    return replay
 
 
 # ---------------------------------------------------------------------------------------------------- 4 backbones
@@ -587,7 +593,7 @@ class Block(nn.Module):
         self.stride, self.pad = stride, (0, 0, 0, 0, (outside - inside) // 2, (outside - inside) // 2)
 
     def forward(self, x):
-        shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], self.pad)
+        shortcut = x if self.stride == 1 else F.pad(x[:, :, ::2, ::2], self.pad)
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 

@@ -13,7 +13,7 @@ set -u
 cd "$(dirname "$0")" || exit 2
 dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=()
 case "$dataset" in
-    synthetic) seeds=0 jobs=$(nproc) ;;
+    synthetic) seeds=0 jobs=$(($(nproc) < 4 ? $(nproc) : 4)) ;;
     cifar10 | cifar100) ;;
     one-protocol)
         dataset=cifar100 rbl=(--augment crop)

@@ -4,8 +4,8 @@
     python tests/bench_speed.py --quick            on a CPU, under 3 minutes, with fewer images and arms
 
 Images have CIFAR-100-LT's size and counts (IF 100) and random pixels. First the gates: the same batches and the same
-losses. Then every arm does whole epochs in turn, `--rounds` times over, after a warm-up; medians and spread are printed,
-and one JSON line ends the output. Arms:
+losses. Then every arm does whole epochs in turn, `--rounds` times over, after a warm-up; medians and spread are printed
+and all is written to --json. Arms:
 
     authors    the style of the published codes: Pillow transforms, worker processes restarted every epoch, fp32 with
                cuDNN's TF32, a value read back every step, the test set scored every epoch
@@ -13,10 +13,11 @@ and one JSON line ends the output. Arms:
     eager      common.batches and the plain step
     captured   common.batches and common.captured (on a CPU the same as eager)
     compiled   captured, with torch.compile on the features (GPU only)
-    processes  --seeds captured runs at once, one process each; streams: the same in one process (GPU only)
+    several    --seeds captured runs at once: as processes, and as streams of one process (GPU only)
     bare       forward, backward and optimizer on one batch that never changes: what no loop can beat
 """
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import common
 import rbl
 
+ARMS = ["authors", "dataloader", "eager", "captured", "bare", "several", "compiled"]
 WORK = {"resnet32": (0.413e9, 13.3e6), "resnet34": (6.957e9, 44.5e6)}  # per image, forward and backward: FLOP, bytes of bf16 tensors
 MEAN, STD = common.CIFAR_MEAN, common.CIFAR_STD
 
@@ -97,7 +99,8 @@ class Arm:
             self.optimizer.step()
             return loss.detach()
         self.plain = step
-        self.step = common.captured(step, self.net, self.optimizer) if kind in ("captured", "compiled", "streams") else step
+        graph = kind in ("captured", "compiled", "streams", "bare")
+        self.step = common.captured(step, self.net, self.optimizer) if graph else step
         workers = 4 if kind == "authors" else 8 if gpu else 2
         if kind in ("authors", "dataloader"):
             tuned = dict(persistent_workers=True, pin_memory=gpu) if kind == "dataloader" else {}
@@ -151,13 +154,12 @@ def gates(split):
     for k in range(64):
         slow = F.pad(images[k], (0, 0, 4, 4, 4, 4))[top[k]:top[k] + 32, left[k]:left[k] + 32]
         assert torch.equal(slow.flip(1) if mirror[k] else slow, fast[k]), "crop and flip differ from the slow version"
-    deterministic = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     losses = []
     for kind in ("eager", "captured"):
         arm = Arm(kind, "resnet32", 100, split._replace(images=split.images[:1050], labels=split.labels[:1050]), precision="fp32")
         losses.append(torch.stack([arm.step(x, y) for _ in range(2) for x, y in common.batches(arm.split, 100, arm.generator)]).cpu())
-    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = False, True
     worst = (losses[0] - losses[1]).abs().max().item()
     assert worst < 1e-5 and (split.images.device.type == "cpu") <= (worst == 0), f"captured and plain losses differ by {worst}"
     return worst
@@ -185,7 +187,7 @@ def kernels_per_step(arm):
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         arm.plain(*arm.static)
         torch.cuda.synchronize()
-    return sum(event.count for event in prof.key_averages())
+    return sum(e.count for e in prof.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
 
 
 def ceilings(device):
@@ -220,6 +222,8 @@ def several(backbone, batch, split, seeds, epochs):
         process.stdin.write("go\n")
         process.stdin.flush()
     times = [json.loads(process.stdout.readline()) for process in processes]
+    for process in processes:
+        process.wait()
     as_processes = seeds * epochs * len(split.labels) / (max(end for _, end in times) - min(began for began, _ in times))
     arms = [Arm("streams", backbone, batch, split, seed) for seed in range(seeds)]
     streams = [torch.cuda.Stream() for _ in arms]
@@ -241,6 +245,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer images, arms and rounds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=4, help="of the arms processes and streams")
+    parser.add_argument("--backbones", nargs="+", choices=list(WORK), default=list(WORK))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="compiled takes minutes to compile")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench_speed.json"), help="rewritten after every network and batch size")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     for flag, value in (("--batch", 128), ("--images", 10847), ("--epochs", 2), ("--seed", 0)):
         parser.add_argument(flag, type=int, default=value, help=argparse.SUPPRESS)
@@ -260,25 +267,31 @@ def main():
     results["loaders"] = loaders(split, args.rounds)
     for loader, speeds in results["loaders"].items():
         print(f"| {loader} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} |", flush=True)
-    kinds = ["authors", "dataloader", "eager", "captured", "bare"] + ["compiled"] * (gpu and not args.quick)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    alone = [kind for kind in args.arms if kind != "several" and (kind != "compiled" or gpu and not args.quick)]
     print("\n| network, batch | arm | images/s | spread | s per 200 epochs | / arithmetic floor | / traffic floor | MB | kernels a step |\n" + "| --- " * 9 + "|")
-    for backbone, batch in [("resnet32", 128)] if args.quick else [(b, n) for b in ("resnet32", "resnet34") for n in (64, 128)]:
+    for backbone, batch in [("resnet32", 128)] if args.quick else [(b, n) for b in args.backbones for n in (64, 128)]:
         arms, speeds, memory = {}, {}, {}
-        for kind in kinds:
+        for kind in alone:
             before = torch.cuda.memory_allocated() if gpu else 0
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            arms[kind] = Arm(kind, backbone, batch, split)
-            arms[kind].test = test
-            arms[kind].epoch()  # warm-up: kernels are chosen, graphs captured
+            try:
+                arm = Arm(kind, backbone, batch, split)
+                arm.test = test
+                arm.epoch()  # warm-up: kernels are chosen, graphs captured
+            except Exception as error:  # the other arms are still worth their time
+                print(f"{backbone}, {batch}: {kind} failed: {error!r:.300}", flush=True)
+                continue
+            arms[kind] = arm
             memory[kind] = (torch.cuda.max_memory_allocated() - before) >> 20 if gpu else None
         for _ in range(args.rounds):
             for kind, arm in arms.items():
                 speeds.setdefault(kind, []).append(len(split.labels) / timed(arm.epoch, device))
-        if gpu and not args.quick:
+        if gpu and not args.quick and "several" in args.arms:
             for kind, speed in several(backbone, batch, split, args.seeds, 4).items():
                 speeds[f"{args.seeds} {kind}"] = [speed]
-        kernels = kernels_per_step(arms["eager"]) if gpu else None
+        kernels = kernels_per_step(arms["eager"]) if gpu and "eager" in arms else None
         for kind, values in speeds.items():
             speed = statistics.median(values)
             seconds = 200 * 10847 / speed
@@ -287,7 +300,11 @@ def main():
                                     "ratio to floors": floors, "MB": memory.get(kind), "kernels": kernels})
             print(f"| {backbone}, {batch} | {kind} | {speed:,.0f} | {min(values):,.0f} to {max(values):,.0f} | {seconds:,.0f} | "
                   + " | ".join(f"{f:.1f}" if f else "-" for f in floors) + f" | {memory.get(kind) or '-'} | {kernels or '-'} |", flush=True)
-    print(json.dumps(results))
+        args.json.write_text(json.dumps(results))
+        arms.clear()
+        gc.collect()  # the old arms' graphs and workers go now, not while the next ones are captured
+        torch.cuda.empty_cache()
+    print(f"all of it: {args.json}")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class FakeGraph:
 
 def test_a_captured_run_equals_an_uncaptured_one(monkeypatch):
     class Recording:  # stands for torch.cuda.graph and runs the step once for real: a harsher test of the restoring
-        def __init__(self, graph):
+        def __init__(self, graph, stream):
             self.graph = graph
 
         def __enter__(self):

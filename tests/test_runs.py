@@ -331,8 +331,10 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert process.returncode == 130 and "goes on" in err and "Traceback" not in err
 
 
-def test_out_of_gpu_memory_names_the_flag(call, monkeypatch, capsys):
-    monkeypatch.setattr(common, "predict", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA")))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_out_of_memory_names_the_flag(call, monkeypatch, capsys, error):
+    monkeypatch.setattr(common, "predict", lambda *_: (_ for _ in ()).throw(error))
     assert call("hinge_ce", *TINY) == 2
     assert "--batch-size" in capsys.readouterr().err
 
