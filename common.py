@@ -62,10 +62,10 @@ def number(kind, ok, wanted):
 
 SAVE_EVERY = 30.0  # seconds
 AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-LT
-ONE_OR_MORE = number(int, lambda n: n >= 1, "1 or more")
-ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more")
-POSITIVE = number(float, lambda v: 1e-30 < v < math.inf, "above 0")
-NOT_NEGATIVE = number(float, lambda v: 0 <= v < math.inf, "0 or more")
+ONE_OR_MORE = number(int, lambda n: 1 <= n < 2**31, "1 or more, and below 2^31")
+ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32")
+POSITIVE = number(float, lambda v: 1e-30 < v < 1e30, "above 0 and below 1e30")
+NOT_NEGATIVE = number(float, lambda v: 0 <= v < 1e30, "0 or more, and below 1e30")
 FACTOR = number(lambda text: text if text == "natural" else float(text), lambda v: v == "natural" or 1 <= v < math.inf,
                 "1 or more, or 'natural'")
 
@@ -82,7 +82,8 @@ def base_parser(doc):
     add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0 is the field's standard subset")
     add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
-    add("--image-size", type=number(int, lambda n: n >= 8, "8 or more"), help="pixels a side: scales and crops your own images")
+    add("--image-size", type=number(int, lambda n: 16 <= n < 2**12, "16 or more, and below 4096"),
+        help="pixels a side: scales and crops your own images")
     add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
     add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
     add("--batch-size", type=ONE_OR_MORE, help="images per step")
@@ -101,7 +102,8 @@ def base_parser(doc):
 
 def parse(parser, argv, recipe, changes):
     """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
-    args.published: whether every flag of the recipe is at its default; only then row() puts the paper's number beside it."""
+    args.published: the recipe is as it was; only then row() puts the paper's number beside ours."""
+    recipe = {"subset_seed": 0, "val_per_class": 0} | recipe
     parser.set_defaults(**recipe)
     dataset = parser.parse_args(argv).dataset
     recipe = recipe | changes.get(dataset if dataset in DATASETS else "own", {})
@@ -116,6 +118,7 @@ def save(path, content):
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
         content = buffer.getbuffer()
+    path = path.resolve()  # a link stays one
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -139,24 +142,31 @@ def load(path):
     fail(f"{path} is damaged, or no checkpoint: delete it, or name another")
 
 
-def load_net(net, path):
-    """Load a run's weights.pt, or a bare state_dict, into net. Returns the flags it was trained with, if it tells."""
+def load_net(net, path, needed):
+    """Load a run's weights.pt, or a bare state_dict, into net. Returns the flags it was trained with, {} if it does not
+    tell them; those in `needed` must be as there."""
     state = load(path)
     try:
         net.load_state_dict(state.get("net", state))
     except (RuntimeError, AttributeError, TypeError):
         fail(f"{path} does not hold the weights of this network ({type(net).__name__}, {net.fc.out_features} classes)")
-    return state["flags"] if isinstance(state.get("flags"), dict) else {}
+    flags = state["flags"] if isinstance(state.get("flags"), dict) else {}
+    for key in needed if flags else []:
+        if flags.get(key) != needed[key]:
+            fail(f"{path} was trained with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}")
+    return flags
 
 
 def load_results(path):
     """The lines of a results.jsonl."""
+    results, k = [], 0
     try:
-        results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        table(results)
+        for k, line in enumerate(path.read_text().splitlines()):
+            results += [json.loads(line)] if line.strip() else []
+            table(results[-1:])
         return results
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} does not hold result lines ({type(error).__name__}: {error})")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fail(f"line {k + 1} of {path} is no result: mend or delete it ({type(error).__name__}: {error})")
 
 
 def lock(folder, wait=0):
@@ -172,7 +182,7 @@ class Run:
     def __init__(self, args, method, variant):
         if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
             fail(f"--dataset {args.dataset}: not one of {', '.join(DATASETS)}, and no such folder")
-        self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], 0.0
+        self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], None
         self.device, self.precision = self._machine()
         self.flags = vars(args) | {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
         for key in ["out", "overwrite", "argv", "published"] + ["data_root"] * (args.dataset in DATASETS):
@@ -189,7 +199,7 @@ class Run:
         except OSError as error:
             fail(f"--out {args.out}: cannot write there ({error.strerror})")
         finished = [result for result in load_results(self.results) if result.get("folder") == name]
-        if finished and not args.overwrite:
+        if finished and (self.folder / "weights.pt").exists() and not args.overwrite:
             self._refuse_other(self.results, finished[-1].get("flags"))
             print(f"{self.folder} is finished; --overwrite runs it again\n{table(finished[-1:])}")
             raise SystemExit(0)
@@ -227,7 +237,7 @@ class Run:
         self.data, self.params = data, sum(p.numel() for p in net.parameters())
         if self.args.overwrite:
             self._record([])
-            for path in self.folder.glob("*.ckpt"):
+            for path in [*self.folder.glob("*.ckpt"), *self.folder.glob("*.pt")]:
                 path.unlink()
         gpu = self.device.type == "cuda"
         self.machine = torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -252,9 +262,9 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def epochs(self, stage, total, net, optimizer):
-        """Yield the epochs of `stage` still to do, from where an earlier process left it. Saves after an epoch when
-        SAVE_EVERY seconds have passed (more if saving would cost over 1 %), and after the last one."""
-        path, start = self.folder / f"{stage}.ckpt", 0
+        """Yield the epochs of `stage` still to do, from where an earlier process left it; each ends with log(). Saves when
+        SAVE_EVERY seconds have passed (more if saving would cost over 1 %), and after the last epoch."""
+        path, start, self.best_test = self.folder / f"{stage}.ckpt", 0, None
         self.stage, self.total, self.optimizer = stage, total, optimizer
         if path.exists():
             state = load(path)
@@ -288,6 +298,8 @@ class Run:
         """Close an epoch. losses: the 0-d losses of its steps; one that is no number ends the run."""
         loss, lr = torch.stack(losses).mean().item(), self.optimizer.param_groups[0]["lr"].item()
         seconds = time.time() - self.began
+        if not self.folder.exists() or not os.path.samestat(os.stat(self.folder), os.fstat(self.lock)):
+            fail(f"{self.folder} was moved or deleted while this run was at work")
         if not math.isfinite(loss):
             fail(f"the loss is {loss} in epoch {self.epoch + 1} of {self.stage}: try a lower --lr, or --precision fp32, "
                  "with --overwrite")
@@ -302,6 +314,10 @@ class Run:
         """Whether --eval-every asks for the test set after this epoch."""
         return self.args.eval_every > 0 and (self.epoch + 1) % self.args.eval_every == 0
 
+    def tested(self, logits):
+        """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the test set."""
+        self.best_test = max(self.best_test or 0.0, report(logits, self.data.test.labels, self.data.counts)["all"])
+
     def finish(self, net, logits, rows, headline=-1, **metrics):
         """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), one of them the headline."""
         if not all(v.isfinite().all() for v in logits.values()):
@@ -309,7 +325,7 @@ class Run:
         args, seconds = self.args, sum(h["seconds"] for h in self.history)
         result = {
             "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
-            "seed": args.seed, **rows[headline], "best_test": self.best_test or None, "rows": rows, "metrics": metrics,
+            "seed": args.seed, **rows[headline], "rows": rows, "metrics": metrics,
             "subset": self.data.subset, "backbone": args.backbone, "params": self.params, "flags": self.flags,
             "protocol": self.card, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
             "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
@@ -386,9 +402,9 @@ def cifar(name, root):
         parts = [source(root, train, download=True) for train in (True, False)]
         os.close(handle)
     except Exception as error:  # torchvision raises many kinds
-        files = ", ".join(file for file, _ in source.train_list + source.test_list)
-        fail(f"{root / source.base_folder}: {files} are missing or damaged, and the download failed ({error}): "
-             "put torchvision's files there, or try --dataset synthetic, which needs none")
+        files = ", ".join([file for file, _ in source.train_list + source.test_list] + [source.meta["filename"]])
+        fail(f"{root / source.base_folder} needs torchvision's {files}; one is missing or damaged, and the download failed "
+             f"({error}): put it there, or try --dataset synthetic, which needs none")
     return [(part.data, np.array(part.targets)) for part in parts]
 
 
@@ -422,7 +438,8 @@ def own_data(folder, root, size):
             elif part != "val" or lists:
                 if len(lists) != 1:
                     raise ValueError(f"there are {len(lists)}")
-                lines = [line.rsplit(maxsplit=1) for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]
+                text = lists[0].read_text("utf-8-sig", "replace")
+                lines = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
                 if odd := [line for line in lines if len(line) != 2]:
                     raise ValueError(f"not '{odd[0][0]}'")
                 files[part] = [(root / path, label) for path, label in lines]
@@ -431,8 +448,8 @@ def own_data(folder, root, size):
     if not (sizes := Counter(label for _, label in files["train"])):
         fail(f"{folder} has no training images")
     for part in files:
-        for name in sorted(sizes.keys() ^ {label for _, label in files[part]}):
-            fail(f"{folder}: class {name} is missing in {part if name in sizes else 'train'}")
+        if odd := sorted(sizes.keys() ^ {label for _, label in files[part]}):
+            fail(f"{folder}: class {odd[0]} is missing in {part if odd[0] in sizes else 'train'}")
     classes = sorted(sizes, key=lambda name: (-sizes[name], name))
     number_of = dict(zip(classes, range(len(classes))))
 
@@ -451,9 +468,10 @@ def own_data(folder, root, size):
             pixels = thread_map(read, [path for path, _ in files[part]], desc=f"reading {part}", disable=None)
         except ValueError as error:
             fail(error)
+        side = len(images["train"][0][0] if "train" in images else pixels[0])
         for (path, _), image in zip(files[part], pixels):
-            if image.shape != pixels[0].shape or min(image.shape[:2]) < 8:
-                fail(f"{path} differs from the others in size, or has fewer than 8 pixels a side: give --image-size")
+            if image.shape != (side, side, 3) or side < 16:
+                fail(f"{path}: images must be squares of one size, 16 pixels or more: give --image-size")
         images[part] = np.stack(pixels), np.array([number_of[label] for _, label in files[part]])
     return images["train"], images["test"], images["val"]
 
@@ -502,9 +520,11 @@ def load_data(args, device):
     def split(images, labels):
         return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),
                      *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (mean, std)))
+    content = hashlib.sha256()
+    for array in (images, labels, *(val or []), *test):
+        content.update(np.ascontiguousarray(array))
     return Data(split(images, labels), val and split(*val), split(*test), counts,
-                {"rule": rule, "total": len(subset), "sha256": sha256,
-                 "content": hashlib.sha256(images.tobytes() + bytes(str(counts), "ascii")).hexdigest()[:16]})
+                {"rule": rule, "total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]})
 
 
 # ---------------------------------------------------------------------------------------------------- 3 batches
@@ -694,38 +714,40 @@ def fisher_ratio(feat, labels):
 # ---------------------------------------------------------------------------------------------------- 6 the table
 
 
-def row(name, paper, args, acc, acc_flip=None):
+def row(name, paper, args, acc, acc_flip=None, best_test=None):
     """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it."""
     source, numbers = paper.get(name, ("", {}))
     percent = numbers.get((args.dataset, args.imb_factor)) if args.published else None
-    return {"row": name, "acc": acc, "acc_flip": acc_flip, "paper": percent and {"all": percent, "source": source}}
+    return {"row": name, "acc": acc, "acc_flip": acc_flip, "best_test": best_test,
+            "paper": percent and {"all": percent, "source": source}}
 
 
 def table(results):
-    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of one command, the later of equal runs.
-    A line whose acc is null announces a run that is still to be made."""
+    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of runs that differ in nothing else, the
+    later of equal runs. A line whose acc is null announces a run that is still to be made."""
     groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
     for result in results:
-        command = re.sub(r" --(overwrite|(seed|out|device|data-root|eval-every)[ =]\S+)", "", result["command"])
-        command = re.sub(r"\S*/(\S+)-seed\d+/", r"\1/", command)  # of --stage1
+        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every")}
+        flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
         for entry in result["rows"]:
             key = result["method"], entry["row"], result["dataset"], result["imb_factor"]
             if entry["acc"] or key not in done:
-                groups.setdefault((command, *key, result.get("precision")), {})[result["seed"]] = result, entry
+                groups.setdefault((*key, json.dumps(flags, sort_keys=True)), {})[result["seed"]] = result, entry
 
     def cell(values):
         values = [v for v in values if v is not None]
         return (f"{np.mean(values):.1f}" if values else "") + (f" ± {np.std(values, ddof=1):.1f}" if values[1:] else "")
     lines = [["command", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run",
               "seeds"]]
-    for (command, _, name, dataset, factor, _), seeds in groups.items():
+    for (_, name, dataset, factor, _), seeds in groups.items():
         runs, entries = zip(*seeds.values())
+        command = re.sub(r" --(overwrite|(seed|out|device|data-root|eval-every)[ =]\S+)", "", runs[0]["command"])
         paper = entries[0]["paper"]
         acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
         lines.append([f"`{command}`", name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
                       f"{paper['all']} ({paper['source']})" if paper else "", cell([a.get("all") for a in acc]) or "not run",
                       *(cell([a.get(k) for a in acc]) for k in ("many", "medium", "few")), cell([f.get("all") for f in flip]),
-                      cell([r["best_test"] for r in runs]), cell([r["seconds"] for r in runs]),
+                      cell([e.get("best_test") for e in entries]), cell([r["seconds"] for r in runs]),
                       " ".join(str(seed) for seed in seeds if seed is not None)])
     keep = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
     lines.insert(1, ["---"] * len(lines[0]))

@@ -11,6 +11,7 @@
 # A recorded run is not run again, an interrupted one goes on where it was, and a failing one does not stop the others.
 set -u
 cd "$(dirname "$0")" || exit 2
+(($# <= 1)) || set -- "$*"  # refused below
 dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=()
 case "$dataset" in
     synthetic) seeds=0 jobs=$(($(nproc) < 4 ? $(nproc) : 4)) ;;
@@ -25,6 +26,7 @@ read -ra factors <<< "${IMB:-100}"
 read -ra flags <<< "${FLAGS:-}"
 jobs=${JOBS:-$jobs}
 out=${OUT:-runs}/${1:-synthetic}
+trap 'trap - INT TERM; kill 0' INT TERM  # and none of the runs goes on alone
 usage() { echo "error: $1" >&2; exit 2; }
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || usage "JOBS=$jobs: a number of runs, 1 or more"
 [[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"

@@ -54,8 +54,9 @@ def class_balanced_loss(logits, labels, weights, form):
     """Both published forms; logits (B, K), labels (B,), weights (K,)."""
     if form == "ce":                                                          # EWB: mean_i c_y CE_i
         return (weights[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()
-    onehot = F.one_hot(labels, logits.shape[1]).to(logits)                      # WB: mean_ij c_y BCE(softmax(z)_ij, [j = y])
-    return (weights[labels][:, None] * F.binary_cross_entropy(logits.softmax(1), onehot, reduction="none")).mean()
+    own, log_p = F.one_hot(labels, logits.shape[1]).bool(), logits.log_softmax(1)
+    log_rest = (-log_p.clamp(max=-1e-7).expm1()).log()                          # log(1 - p)
+    return -(weights[labels][:, None] * torch.where(own, log_p, log_rest)).mean()  # WB: mean_ij c_y BCE(p_ij, [j = y])
 
 
 def feature_regularization(feat):
@@ -139,8 +140,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     other_form = (args.variant, args.cb_loss) in (("wb", "ce"), ("cb", "bce"))      # than its own paper's code has
-    variant = f"{args.variant} ({args.cb_loss})" if other_form else args.variant
-    run = common.Run(args, "ewb_fdr", variant.replace(" ", ""))
+    variant = f"{args.variant}-{args.cb_loss}" if other_form else args.variant
+    run = common.Run(args, "ewb_fdr", variant)
     data = common.load_data(args, run.device)
     if data.val is None:
         common.fail("tau and gamma are chosen on validation images: give --val-per-class, or a val set of your own")
@@ -154,11 +155,8 @@ def main(argv=None):
         torch.nn.init.uniform_(net.fc.bias, -1 / dim, 1 / dim)                      # starts as in the authors' code
     net.to(run.device, memory_format=torch.channels_last)
     if args.stage1:
-        flags = common.load_net(net, args.stage1)
-        needed = run.flags | {"variant": "wd"}
-        for key in "variant dataset imb_factor subset_seed val_per_class seed epochs batch_size lr weight_decay".split():
-            if flags and flags.get(key) != needed[key]:  # a bare state_dict tells nothing
-                common.fail(f"{args.stage1} was trained with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}")
+        same = "dataset imb_factor subset_seed val_per_class seed epochs batch_size lr weight_decay".split()
+        common.load_net(net, args.stage1, needed={"variant": "wd"} | {key: vars(args)[key] for key in same})
     weights = class_balanced_weights(data.counts, args.beta).to(run.device)         # (K,)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)] if args.variant == "wb" else []
@@ -192,8 +190,7 @@ def main(argv=None):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.test_now():
-                logits, _ = common.predict(net, data.test)
-                run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
+                run.tested(common.predict(net, data.test)[0])
 
     if args.variant == "wb":  # stage 2: the classifier alone, balanced
         net.requires_grad_(False)
@@ -220,13 +217,12 @@ def main(argv=None):
             run.log(losses)
             max_norm_(net.fc.weight, delta)
             if run.test_now():
-                logits, _ = common.predict(net, data.test)
-                run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
+                run.tested(common.predict(net, data.test)[0])
 
     splits, logits = {"train": data.train, "val": data.val, "test": data.test, "mirrored": common.mirror(data.test)}, {}
     feat = {name: common.predict(net, split)[1] for name, split in splits.items()}
 
-    def scored(name, fc, adjust=None):
+    def scored(name, fc, adjust=None, best=None):
         """A row of the table; the strength of `adjust` is chosen on the validation images."""
         val, plain, mirrored = (fc(feat[split]).detach() for split in ("val", "test", "mirrored"))
         flipped, strength = (plain + mirrored) / 2, None
@@ -235,9 +231,9 @@ def main(argv=None):
             plain, flipped = (adjust(z, data.counts, strength) for z in (plain, flipped))
         logits[name] = plain
         acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (plain, flipped))
-        return common.row(name, PAPER, args, acc, acc_flip) | {"strength": strength}
+        return common.row(name, PAPER, args, acc, acc_flip, best) | {"strength": strength}
 
-    rows = [scored(variant, net.fc), scored(f"{variant} + additive LA", net.fc, additive_la),
+    rows = [scored(variant, net.fc, best=run.best_test), scored(f"{variant} + additive LA", net.fc, additive_la),
             scored(f"{variant} + multiplicative LA", lambda f: unit_rows(net.fc, f), multiplicative_la)]
     run.finish(net, logits, rows, headline=2 if args.variant == "fr-etf" else 0,
                fisher_ratio={name: common.fisher_ratio(feat[name], splits[name].labels) for name in ("train", "test")})

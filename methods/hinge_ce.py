@@ -5,7 +5,8 @@ Idea: fix the classifier to a simplex ETF, and let an image of a rare class be a
 its class's vector: inside, its own logit is a constant, so that the few images need not collapse onto one point.
 
     u = projector(resnet(x))                                       the feature, (m,); not normalised, no temperature
-    W = sqrt(K/(K-1)) (I - 11^T/K) U^T                             the K class vectors w_k, fixed                     (eq. 3)
+    W = sqrt(K/(K-1)) (I - 11^T/K) U^T                             its rows are the class vectors w_k, fixed          (eq. 3)
+                                                                   U (m, K): random orthonormal columns
     v_y = min(<w_y, u>, sg(|u|) |w_y| cos tau+)                    sg: no gradient passes                             (eq. 8)
     v_k = max(<w_k, u>, sg(|u|) |w_k| cos tau-),  k != y
     L   = cross-entropy(v, y);   test: argmax_k <w_k, u>
@@ -143,16 +144,16 @@ def main(argv=None):
             losses.append(step(x, labels))
         run.log(losses)
         if run.test_now():
-            logits, _ = common.predict(net, data.test)
-            run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
+            run.tested(common.predict(net, data.test)[0])
 
-    (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
-    acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
+    (logits, _), (flipped, _) = (common.predict(net, data.test, flip) for flip in (False, True))
+    acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, flipped))
     _, feat = common.predict(net, data.train)
     cosine = F.cosine_similarity(feat, net.fc.weight[data.train.labels])               # of u and w_y  (N,)
     coned = tau_plus[data.train.labels] > 0
     inside = (cosine >= tau_plus[data.train.labels].cos())[coned].float().mean().item()  # NaN where no class has a cone
-    run.finish(net, {"logits": logits}, [common.row(args.variant, PAPER, args, acc, acc_flip)], inside_the_cones=inside)
+    rows = [common.row(args.variant, PAPER, args, acc, acc_flip, run.best_test)]
+    run.finish(net, {"logits": logits}, rows, inside_the_cones=inside)
 
 
 if __name__ == "__main__":

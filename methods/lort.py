@@ -55,7 +55,7 @@ def regularized_std(logits, labels):
 # ---- the recipe
 
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",       # the authors' code
-              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train")
+              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", stage1=None)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02, weight_decay=1e-3)}  # ours, for the demo
 SOURCE = "best of 5, flip, best test epoch"
 PAPER = {"stage 1": (SOURCE, {("cifar100", 100): 48.4}),
@@ -86,13 +86,14 @@ def main(argv=None):
     net = common.BACKBONES[args.backbone](len(data.counts)).to(run.device, memory_format=torch.channels_last)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)]
-    trained = common.load_net(net, args.stage1) if args.stage1 else run.flags     # the flags of stage 1
+    same = {key: vars(args)[key] for key in ("dataset", "imb_factor", "subset_seed")}
+    stage1_flags = common.load_net(net, args.stage1, needed=same) if args.stage1 else run.flags
     run.begin(data, net, lrs, lrs2)
 
     def score():
-        """Test logits (N, K), and the accuracies without and with the mirror image."""
-        (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
-        return logits, *(common.report(z, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
+        """Test logits (N, K); the accuracies without and with the mirror image; the best while training."""
+        (logits, _), (flipped, _) = (common.predict(net, data.test, flip) for flip in (False, True))
+        return logits, *(common.report(z, data.test.labels, data.counts) for z in (logits, flipped)), run.best_test
 
     # stage 1: the whole network
     optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
@@ -117,10 +118,9 @@ def main(argv=None):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.test_now():
-                logits, _ = common.predict(net, data.test)
-                run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
-    common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": trained})
-    logits1, acc1, acc1_flip = score()
+                run.tested(common.predict(net, data.test)[0])
+    common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": stage1_flags})
+    logits1, *scores1 = score()
 
     # stage 2: the classifier alone, towards nearly uniform targets
     net.requires_grad_(False)
@@ -146,17 +146,16 @@ def main(argv=None):
             losses.append(retarget(x, labels))
         run.log(losses)
         if run.test_now():
-            logits, _ = common.predict(net, data.test)
-            run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
+            run.tested(common.predict(net, data.test)[0])
 
-    logits2, acc2, acc2_flip = score()
-    metrics = {"stage 1 was trained with": trained or "unknown"} if args.stage1 else {}
+    logits2, *scores2 = score()
+    metrics = {"stage 1 was trained with": stage1_flags or "unknown"} if args.stage1 else {}
     for stage, logits in (("stage 1", logits1), ("lort", logits2)):
         magnitude, deviation = logits_magnitude(logits, data.test.labels), regularized_std(logits, data.test.labels)
         for name, group in common.shot_groups(data.counts).items():
             metrics[f"{stage}, {name}"] = {"logits magnitude": magnitude[group].mean().item(),
                                            "regularised std": deviation[group].mean().item()}
-    rows = [common.row("stage 1", PAPER, args, acc1, acc1_flip), common.row("lort", PAPER, args, acc2, acc2_flip)]
+    rows = [common.row("stage 1", PAPER, args, *scores1), common.row("lort", PAPER, args, *scores2)]
     run.finish(net, {"stage1": logits1, "lort": logits2}, rows, **metrics)
 
 

@@ -149,12 +149,11 @@ def main(argv=None):
             losses.append(step(x, labels))
         run.log(losses, gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
         if run.test_now():
-            logits, _ = common.predict(net, data.test)
-            run.best_test = max(run.best_test, common.report(logits - adjustment, data.test.labels, data.counts)["all"])
+            run.tested(common.predict(net, data.test)[0] - adjustment)
 
-    (logits, _), (mirrored, _) = common.predict(net, data.test), common.predict(net, common.mirror(data.test))
-    acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, (logits + mirrored) / 2))
-    run.finish(net, {"logits": logits}, [common.row(variant, PAPER, args, acc, acc_flip)],
+    (logits, _), (flipped, _) = (common.predict(net, data.test, flip) for flip in (False, True))
+    acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, flipped))
+    run.finish(net, {"logits": logits}, [common.row(variant, PAPER, args, acc, acc_flip, run.best_test)],
                gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
 
 

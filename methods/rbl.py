@@ -216,14 +216,12 @@ def main(argv=None):
             losses.append(step(x, labels))
         run.log(losses)
         if run.test_now():
-            logits = common.predict(net, data.test)[0] - args.tau * log_prior
-            run.best_test = max(run.best_test, common.report(logits, data.test.labels, data.counts)["all"])
+            run.tested(common.predict(net, data.test)[0] - args.tau * log_prior)
 
-    rows, (logits, _), (mirrored, _) = [], common.predict(net, data.test), common.predict(net, common.mirror(data.test))
-    for name, tau in ((f"{args.head}, no adjustment", 0.0), (args.head, args.tau)):
-        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts)
-                         for z in (logits, (logits + mirrored) / 2))
-        rows.append(common.row(name, PAPER, args, acc, acc_flip))
+    rows, (logits, _), (flipped, _) = [], *(common.predict(net, data.test, flip) for flip in (False, True))
+    for name, tau, best in ((f"{args.head}, no adjustment", 0.0, None), (args.head, args.tau, run.best_test)):
+        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, flipped))
+        rows.append(common.row(name, PAPER, args, acc, acc_flip, best))
     moved = {}
     if args.head != "linear":
         moved = {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}

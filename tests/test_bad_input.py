@@ -22,7 +22,7 @@ def no_training(monkeypatch):
     ("--epochs", "0"), ("--epochs", "-3"), ("--epochs", "1.5"), ("--batch-size", "0"), ("--lr", "0"), ("--lr", "-1"), ("--lr", "nan"),
     ("--lr", "inf"), ("--lr", "fast"), ("--weight-decay", "-1"), ("--weight-decay", "nan"), ("--imb-factor", "0.01"),
     ("--imb-factor", "nan"), ("--imb-factor", "inf"), ("--imb-factor", "much"), ("--subset-seed", "-1"), ("--seed", "-1"),
-    ("--seed", "99999999999999999999"), ("--val-per-class", "-1"), ("--eval-every", "-1"), ("--image-size", "0"),
+    ("--seed", "99999999999999999999"), ("--val-per-class", "-1"), ("--eval-every", "-1"), ("--image-size", "15"), ("--lr", "1e300"), ("--batch-size", "99999999999"),
     ("--backbone", "vgg"), ("--precision", "fp8"), ("--no-such-flag", "1"), ("--epoch", "1")])
 def test_flags_of_every_script(refused, script, flags):
     refused(script, *flags, words=[flags[0]])
@@ -145,13 +145,13 @@ def test_damaged_results(refused, tmp_path):
 
 @pytest.fixture
 def own(tmp_path):
-    """Folders train/ and test/ with classes a (3 images), b (6), c (2), 12 x 12 pixels, each of one grey level."""
+    """Folders train/ and test/ with classes a (3 images), b (6), c (2), 16 x 16 pixels, each of one grey level."""
     rng = np.random.RandomState(0)
     for part, counts in {"train": {"a": 3, "b": 6, "c": 2}, "test": {"a": 2, "b": 2, "c": 2}}.items():
         for k, (name, n) in enumerate(counts.items()):
             (tmp_path / "own" / part / name).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(rng.randint(0, 256, (12, 12, 3), dtype=np.uint8)).save(tmp_path / "own" / part / name / f"{i}.png")
+                Image.fromarray(rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "own" / part / name / f"{i}.png")
     return tmp_path / "own"
 
 
@@ -174,12 +174,12 @@ def test_own_folders_and_lists_give_the_same_data(own):
     assert folders.counts == lists.counts == [6, 3, 2]  # b, a, c: the largest first
     for part in ("train", "test"):
         a, b = getattr(folders, part), getattr(lists, part)
-        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.images.shape[1:] == (12, 12, 3)
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.images.shape[1:] == (16, 16, 3)
     first = np.asarray(Image.open(own / "test" / "b" / "0.png"))
     assert (folders.test.images[folders.test.labels == 0][0].numpy() == first).all()
-    assert load(own, image_size=8).train.images.shape == (11, 8, 8, 3)
+    assert load(own, image_size=20).train.images.shape == (11, 20, 20, 3)
     assert folders.subset["content"] == lists.subset["content"]
-    Image.new("RGB", (12, 12)).save(own / "train" / "a" / "0.png")
+    Image.new("RGB", (16, 16)).save(own / "train" / "a" / "0.png")
     assert load(own).subset["content"] != folders.subset["content"] and load(own).subset["sha256"] == folders.subset["sha256"]
     held = load(own, val_per_class=1)
     assert held.counts == [5, 2, 1] and held.val.labels.tolist() == [0, 1, 2]
@@ -216,14 +216,22 @@ def break_own(own, how):
         path.write_bytes(path.read_bytes()[:100])
         return "1.png"
     if how == "other size":
-        Image.new("RGB", (9, 12)).save(own / "train" / "a" / "z.png")
+        Image.new("RGB", (9, 16)).save(own / "train" / "a" / "z.png")
+        return "--image-size"
+    if how == "no squares":
+        for path in own.glob("*/*/*.png"):
+            Image.new("RGB", (24, 16)).save(path)
+        return "--image-size"
+    if how == "other size in test":
+        for path in own.glob("test/*/*.png"):
+            Image.new("RGB", (24, 24)).save(path)
         return "--image-size"
     if how == "empty class":
         (own / "train" / "empty").mkdir()
         (own / "train" / "empty" / ".gitkeep").write_text("")
         return "empty"
     if how == "16 bits":
-        Image.fromarray(np.zeros((12, 12), np.uint16)).save(own / "train" / "a" / "0.png")
+        Image.fromarray(np.zeros((16, 16), np.uint16)).save(own / "train" / "a" / "0.png")
         return "8 bits"
     if how == "tiny":
         for path in own.glob("*/*/*.png"):
@@ -256,7 +264,7 @@ def break_own(own, how):
 
 
 @pytest.mark.parametrize("how", ["no test", "unreadable", "cut", "other size", "empty class", "class only in test", "class not in test",
-                                 "val without a class", "one class", "16 bits", "tiny", "nothing", "two val lists"])
+                                 "val without a class", "one class", "16 bits", "tiny", "no squares", "other size in test", "nothing", "two val lists"])
 def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
 

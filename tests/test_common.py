@@ -282,7 +282,7 @@ def test_predict_is_plain_in_eval_mode_and_averages_the_mirror_image():
 
 def line(**changes):
     result = {"method": "rbl", "dataset": "cifar100", "imb_factor": 100.0, "seed": 0, "flags": {"seed": 0, "lr": 0.1},
-              "best_test": None, "seconds": 60.0, "command": "methods/rbl.py --seed 0 --out x",
+              "seconds": 60.0, "command": "methods/rbl.py --seed 0 --out x",
               "rows": [{"row": "rbl", "acc": {"all": 50.0, "many": 70.0, "medium": 50.0, "few": None}, "acc_flip": None,
                         "paper": {"all": 53.1, "source": "Table 1"}}]}
     return result | changes

@@ -154,6 +154,11 @@ def test_both_class_balanced_losses():
     sure = torch.tensor([[200.0, 0.0, 0.0, 0.0]], requires_grad=True)  # p = 1 exactly: the loss and gradient stay finite
     ewb_fdr.class_balanced_loss(sure, torch.tensor([1]), weights.float(), "bce").backward()
     assert sure.grad.isfinite().all()
+    assert ewb_fdr.class_balanced_loss(torch.full((1, 4), math.nan), torch.tensor([1]), weights.float(), "bce").isnan()  # and no error
+    ours, torchs = (logits.float().mul(5).requires_grad_() for _ in range(2))
+    ewb_fdr.class_balanced_loss(ours, labels, weights.float(), "bce").backward()
+    (weights.float()[labels][:, None] * F.binary_cross_entropy(torchs.softmax(1), F.one_hot(labels).float(), reduction="none")).mean().backward()
+    assert torch.allclose(ours.grad, torchs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_at_uniform_logits_the_forms_differ_by_k_minus_one():

@@ -56,6 +56,7 @@ def test_no_number_of_the_paper_stands_beside_an_ablation():
     import lwr
     for flags, name, number in ((["--strength", "0"], "bs", 46.3), ([], "bs+lwr", 50.7), (["--theta", "0"], "bs+lwr", None),
                                 (["--base", "focal", "--strength", "0"], "focal", 41.9), (["--epochs", "2"], "bs+lwr", None),
+                                    (["--val-per-class", "20"], "bs+lwr", None), (["--subset-seed", "1"], "bs+lwr", None),
                                 (["--base", "focal", "--strength", "0", "--gamma", "2"], "focal", None)):
         paper = common.row(name, lwr.PAPER, lwr.parse_args(flags), None)["paper"]
         assert (paper and paper["all"]) == number, flags

@@ -117,6 +117,23 @@ def test_eval_every_reports_the_best_and_changes_nothing(call, tmp_path):
     assert a["best_test"] is None and b["best_test"] >= b["acc"]["all"] and a["acc"] == b["acc"]
 
 
+def test_the_best_on_test_stands_beside_the_row_that_was_tested(call, tmp_path):
+    best = {}
+    for script, flags in {"lort": ("--epochs2", 1), "ewb_fdr": ("--variant", "wd"), "rbl": ()}.items():
+        assert call(script, *TINY, "--eval-every", "1", *flags, out=tmp_path / script) == 0
+        best |= {row["row"]: row["best_test"] and row["best_test"] - row["acc"]["all"] for row in lines(tmp_path / script)[0]["rows"]}
+    assert best["lort"] == 0 and min(best["stage 1"], best["wd"], best["rbl"]) >= 0  # stage 2 was one epoch: the best is the last
+    assert best["wd + additive LA"] is best["wd + multiplicative LA"] is best["rbl, no adjustment"] is None
+
+
+def test_stage_one_of_other_data_is_refused(call, tmp_path, capsys):
+    assert call("lort", "--epochs", "1", "--imb-factor", "10") == 0
+    stage1, = tmp_path.glob("runs/*/stage1.pt")
+    capsys.readouterr()
+    assert call("lort", *TINY, "--stage1", stage1) == 2
+    assert "--imb-factor 10" in capsys.readouterr().err
+
+
 def test_stage_one_is_shared_where_the_recipe_is_equal(call, tmp_path, capsys):
     assert call("ewb_fdr", *TINY, "--variant", "wd") == 0 and call("ewb_fdr", *TINY, "--variant", "wb") == 0
     stage1 = next((tmp_path / "runs").glob("ewb_fdr-wd-*/weights.pt"))
@@ -153,6 +170,32 @@ def test_an_interrupted_second_run_does_not_count_as_finished(call, tmp_path, mo
         assert call("hinge_ce", *TINY, "--overwrite") == 130
     assert [line["method"] for line in lines(tmp_path / "runs")] == ["lort"]
     assert call("hinge_ce", *TINY) == 0 and len(lines(tmp_path / "runs")) == 2
+
+
+def test_a_run_whose_weights_are_gone_is_run_again(call, tmp_path):
+    assert call("hinge_ce", *TINY) == 0
+    next(tmp_path.glob("runs/*/weights.pt")).unlink()
+    assert call("hinge_ce", *TINY) == 0 and len(lines(tmp_path / "runs")) == 1 and weights(tmp_path / "runs")
+
+
+def test_a_folder_that_was_deleted_is_not_recorded(call, tmp_path, monkeypatch, capsys):
+    real = common.Run.log
+
+    def log(run, losses):
+        import shutil
+        shutil.rmtree(run.folder)
+        run.folder.mkdir()  # as another run would
+        real(run, losses)
+    monkeypatch.setattr(common.Run, "log", log)
+    assert call("hinge_ce", *TINY) == 2 and "moved or deleted" in capsys.readouterr().err and not lines(tmp_path / "runs")
+
+
+def test_results_may_be_a_link(call, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "all.jsonl").write_text("")
+    (tmp_path / "runs" / "results.jsonl").symlink_to(tmp_path / "all.jsonl")
+    assert call("hinge_ce", "--epochs", "1") == 0
+    assert (tmp_path / "runs" / "results.jsonl").is_symlink() and (tmp_path / "all.jsonl").read_text()
 
 
 @pytest.fixture
@@ -196,14 +239,16 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(refused, interrupted, damage
     refused("hinge_ce", "--epochs", "3", words=["--overwrite" if damage.startswith("other") else "ckpt"])
 
 
-def test_changed_data_are_not_mixed_into_a_run(refused, interrupted, monkeypatch):
-    images, labels = common.synthetic()[0]
-    monkeypatch.setattr(common, "synthetic", lambda real=common.synthetic: ((255 - images, labels), real()[1]))
+@pytest.mark.parametrize("part", [0, 1])
+def test_changed_data_are_not_mixed_into_a_run(refused, interrupted, monkeypatch, part):
+    data = list(common.synthetic())
+    data[part] = 255 - data[part][0], data[part][1]
+    monkeypatch.setattr(common, "synthetic", lambda: data)
     refused("hinge_ce", "--epochs", "3", words=["other images"])
 
 
 def test_logits_that_are_no_numbers_are_not_recorded(call, capsys, tmp_path):
-    assert call("hinge_ce", "--epochs", "1", "--batch-size", "5000", "--lr", "1e38") == 2
+    assert call("hinge_ce", "--epochs", "1", "--batch-size", "5000", "--lr", "9e29") == 2
     assert "not finite" in capsys.readouterr().err and not lines(tmp_path / "runs")
 
 
@@ -368,6 +413,7 @@ flags = dict(zip(args[1::2], args[2::2]))
 name = args[0].split("/")[1][:-3] + "-" + flags.get("--variant", flags.get("--base", flags.get("--head", "")))
 with open(os.environ["TRACE"], "a") as file:
     file.write(" ".join(args) + "\\n")
+time.sleep(float(os.environ.get("SLEEP", 0)))
 if name == os.environ.get("BREAK"):
     sys.exit("error: broken on purpose")
 if "--stage1" in flags and not os.path.exists(flags["--stage1"]):
@@ -406,3 +452,19 @@ def test_run_all_skips_what_is_recorded_and_goes_on_after_a_failure(tmp_path):
     runs = trace.read_text().splitlines()
     assert done.returncode == 0 and len(runs) == 22 and sum("--augment crop" in run for run in runs) == 3
     assert all("--backbone resnet32 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100" in run for run in runs)
+
+
+def test_a_stopped_run_all_leaves_no_run_behind(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(FAKE_PYTHON.format(python=sys.executable))
+    (tmp_path / "bin" / "python").chmod(0o755)
+    trace = tmp_path / "trace"
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "TRACE": str(trace), "JOBS": "2", "SLEEP": "1"}
+    process = subprocess.Popen(["bash", "run_all.sh", "cifar100"], cwd=ROOT, env=os.environ | environment, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not trace.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) != 0
+    time.sleep(2.5)
+    assert len(trace.read_text().splitlines()) <= 2 and not (tmp_path / "out" / "cifar100" / "results.jsonl").exists()
