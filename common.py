@@ -737,18 +737,18 @@ def table(results):
     def cell(values):
         values = [v for v in values if v is not None]
         return (f"{np.mean(values):.1f}" if values else "") + (f" ± {np.std(values, ddof=1):.1f}" if values[1:] else "")
-    lines = [["command", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run",
-              "seeds"]]
-    for (_, name, dataset, factor, _), seeds in groups.items():
+    lines = [["method", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run", "seeds",
+              "command"]]
+    for (method, name, dataset, factor, _), seeds in groups.items():
         runs, entries = zip(*seeds.values())
         command = re.sub(r" --(overwrite|(seed|out|device|data-root|eval-every)[ =]\S+)", "", runs[0]["command"])
         paper = entries[0]["paper"]
         acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
-        lines.append([f"`{command}`", name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
+        lines.append([method, name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
                       f"{paper['all']} ({paper['source']})" if paper else "", cell([a.get("all") for a in acc]) or "not run",
                       *(cell([a.get(k) for a in acc]) for k in ("many", "medium", "few")), cell([f.get("all") for f in flip]),
                       cell([e.get("best_test") for e in entries]), cell([r["seconds"] for r in runs]),
-                      " ".join(str(seed) for seed in seeds if seed is not None)])
+                      " ".join(str(seed) for seed in seeds if seed is not None), f"`{command}`"])
     keep = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line[k] or "-" for k in keep) + " |" for line in lines)

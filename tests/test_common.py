@@ -292,7 +292,7 @@ def test_table_means_and_deviations():
     other = json.loads(json.dumps(line(seed=1, flags={"seed": 1, "lr": 0.1})))
     other["rows"][0]["acc"]["all"] = 52.0
     text = common.table([line(), other, other])
-    assert "| `methods/rbl.py` | rbl | cifar100, 100 | 53.1 (Table 1) | 51.0 ± 1.4 |" in text and "| 0 1 |" in text
+    assert "| rbl | rbl | cifar100, 100 | 53.1 (Table 1) | 51.0 ± 1.4 |" in text and "| 0 1 |" in text
     assert "few" not in text and "best on test" not in text  # columns without a number are left out
 
 

@@ -93,6 +93,12 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         assert strengths[0] == strengths[1]
 
 
+def test_lwr_reports_the_accuracy_on_held_out_images(call, tmp_path):
+    assert call("lwr", *TINY, "--val-per-class", "10") == 0
+    metrics = lines(tmp_path / "runs")[0]["metrics"]
+    assert 0 < metrics["val"]["all"] < 100 and metrics["val"]["few"] is not None
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_bf16_is_near_fp32_and_keeps_the_weights_in_fp32(call, tmp_path, script):
     for precision in ("fp32", "bf16"):
