@@ -98,6 +98,9 @@ def angle_moved(head):
 # ---- its augmentation, on whole batches on the device
 
 
+UNSIGNED = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
+
+
 def operation(x, name, level, sign):
     """One AutoAugment operation at level 0..9 on (N, 3, H, W) uint8; sign: -1 or 1, for those that have one."""
     amount, grey = sign * (level or 0) / 9, [128.0] * 3
@@ -126,13 +129,15 @@ def autoaugment(images, generator):
     draws = torch.rand(5, len(images), generator=generator, device=images.device).cpu()
     chosen, x = (draws[0] * len(policies)).long(), images.permute(0, 3, 1, 2).contiguous()
     for k in (0, 1):
-        for name, level in dict.fromkeys((policy[k][0], policy[k][2]) for policy in policies):
-            chance = torch.tensor([p[k][1] if (p[k][0], p[k][2]) == (name, level) else 0.0 for p in policies])
-            for sign in (-1, 1):
-                mine = (draws[1 + k] < chance[chosen]) & ((draws[3 + k] < 0.5) == (sign == -1))
-                index = mine.nonzero()[:, 0].to(x.device)
-                if len(index):
-                    x[index] = operation(x[index], name, level, sign)
+        kinds = [(name, level) for name, _, level in (policy[k] for policy in policies)]
+        first = torch.tensor([kinds.index(kind) for kind in kinds])[chosen]       # one number for equal kinds  (N,)
+        signed = torch.tensor([name not in UNSIGNED for name, _ in kinds])[first]
+        applied = draws[1 + k] < torch.tensor([policy[k][1] for policy in policies])[chosen]
+        group = torch.where(applied, 2 * first + (signed & (draws[3 + k] < 0.5)), 2 * len(kinds))
+        parts = group.argsort().to(x.device).split(torch.bincount(group, minlength=2 * len(kinds) + 1).tolist())
+        for number, index in enumerate(parts[:-1]):
+            if len(index):
+                x[index] = operation(x[index], *kinds[number // 2], -1 if number % 2 else 1)
     return x.permute(0, 2, 3, 1)
 
 
