@@ -402,9 +402,11 @@ def cifar(name, root):
         parts = [source(root, train, download=True) for train in (True, False)]
         os.close(handle)
     except Exception as error:  # torchvision raises many kinds
-        files = ", ".join([file for file, _ in source.train_list + source.test_list] + [source.meta["filename"]])
-        fail(f"{root / source.base_folder} needs torchvision's {files}; one is missing or damaged, and the download failed "
-             f"({error}): put it there, or try --dataset synthetic, which needs none")
+        folder, files = root / source.base_folder, dict(source.train_list + source.test_list)
+        files[source.meta["filename"]] = source.meta["md5"]
+        bad = [file for file in files if not torchvision.datasets.utils.check_integrity(folder / file, files[file])]
+        fail(f"{folder}: missing or damaged: {', '.join(bad)}; the download failed ({error}): put torchvision's files there, "
+             "or try --dataset synthetic, which needs none")
     return [(part.data, np.array(part.targets)) for part in parts]
 
 
