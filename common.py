@@ -399,7 +399,7 @@ def cifar(name, root):
     try:
         root.mkdir(parents=True, exist_ok=True)
         handle = lock(root)  # one download, however many runs start at once; files that are there and whole are left alone
-        parts = [source(root, train, download=True) for train in (True, False)]
+        parts = [source(root, train=True, download=True), source(root, train=False)]
         os.close(handle)
     except Exception as error:  # torchvision raises many kinds
         folder, files = root / source.base_folder, dict(source.train_list + source.test_list)
@@ -516,7 +516,8 @@ def load_data(args, device):
     images, labels = images[train], labels[train]  # one copy: your own images may be many gigabytes
     mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD])
     if args.dataset not in FINGERPRINTS:  # image by image, for the same reason
-        mean, square = np.mean([[f(image.astype(float)).mean((0, 1)) for f in (np.positive, np.square)] for image in images], 0)
+        moments = [(image.mean((0, 1)), np.square(image, dtype=float).mean((0, 1))) for image in images]
+        mean, square = np.mean(moments, 0)
         std = np.sqrt(square - mean**2)
 
     def split(images, labels):
@@ -681,6 +682,12 @@ def predict(net, split, flip=False):
     logits = net.fc(feat)
     net.train(training)
     return (logits + predict(net, mirror(split))[0]) / 2 if flip else logits, feat
+
+
+def both_views(net, split):
+    """Logits (N, C) of the plain images, and their mean with those of the mirror images, each view passed once."""
+    logits, _ = predict(net, split)
+    return logits, (logits + predict(net, mirror(split))[0]) / 2
 
 
 def shot_groups(counts):

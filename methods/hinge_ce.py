@@ -146,7 +146,7 @@ def main(argv=None):
         if run.test_now():
             run.tested(common.predict(net, data.test)[0])
 
-    (logits, _), (flipped, _) = (common.predict(net, data.test, flip) for flip in (False, True))
+    logits, flipped = common.both_views(net, data.test)
     acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, flipped))
     _, feat = common.predict(net, data.train)
     cosine = F.cosine_similarity(feat, net.fc.weight[data.train.labels])               # of u and w_y  (N,)

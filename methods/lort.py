@@ -92,7 +92,7 @@ def main(argv=None):
 
     def score():
         """Test logits (N, K); the accuracies without and with the mirror image; the best while training."""
-        (logits, _), (flipped, _) = (common.predict(net, data.test, flip) for flip in (False, True))
+        logits, flipped = common.both_views(net, data.test)
         return logits, *(common.report(z, data.test.labels, data.counts) for z in (logits, flipped)), run.best_test
 
     # stage 1: the whole network

@@ -152,7 +152,7 @@ def main(argv=None):
         if run.test_now():
             run.tested(common.predict(net, data.test)[0] - adjustment)
 
-    (logits, _), (flipped, _) = (common.predict(net, data.test, flip) for flip in (False, True))
+    logits, flipped = common.both_views(net, data.test)
     acc, acc_flip = (common.report(z - adjustment, data.test.labels, data.counts) for z in (logits, flipped))
     metrics = {"gated_pairs": gate(net.fc.weight, args.theta).sum().item() // 2}
     if data.val:  # what strength, theta and the form of R may be chosen by

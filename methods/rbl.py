@@ -223,7 +223,7 @@ def main(argv=None):
         if run.test_now():
             run.tested(common.predict(net, data.test)[0] - args.tau * log_prior)
 
-    rows, (logits, _), (flipped, _) = [], *(common.predict(net, data.test, flip) for flip in (False, True))
+    rows, (logits, flipped) = [], common.both_views(net, data.test)
     for name, tau, best in ((f"{args.head}, no adjustment", 0.0, None), (args.head, args.tau, run.best_test)):
         acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, flipped))
         rows.append(common.row(name, PAPER, args, acc, acc_flip, best))
