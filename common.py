@@ -43,7 +43,7 @@ def guard(main):
         print("\nstopped: the same command, without --overwrite, goes on from the last saved epoch", file=sys.stderr)
         raise SystemExit(130) from None
     except (RuntimeError, MemoryError) as error:  # torch has several kinds
-        if not isinstance(error, MemoryError) and not re.search("(out of|allocate) memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
         fail("out of memory: lower --batch-size, with --overwrite")
     except OSError as error:
@@ -142,6 +142,13 @@ def load(path):
     fail(f"{path} is damaged, or no checkpoint: delete it, or name another")
 
 
+def same_flags(path, flags, needed, remedy=""):
+    """Refuse a file whose flags are not as needed."""
+    for key in sorted(needed):
+        if flags.get(key) != needed[key]:
+            fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}{remedy}")
+
+
 def load_net(net, path, needed):
     """Load a run's weights.pt, or a bare state_dict, into net. Returns the flags it was trained with, {} if it does not
     tell them; those in `needed` must be as there."""
@@ -151,9 +158,7 @@ def load_net(net, path, needed):
     except (RuntimeError, AttributeError, TypeError):
         fail(f"{path} does not hold the weights of this network ({type(net).__name__}, {net.fc.out_features} classes)")
     flags = state["flags"] if isinstance(state.get("flags"), dict) else {}
-    for key in needed if flags else []:
-        if flags.get(key) != needed[key]:
-            fail(f"{path} was trained with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}")
+    same_flags(path, flags, needed if flags else {})
     return flags
 
 
@@ -227,10 +232,7 @@ class Run:
     def _refuse_other(self, path, flags):
         if not isinstance(flags, dict):
             fail(f"{path} is not of this run: delete it, or --overwrite")
-        for key in sorted(flags.keys() | self.flags.keys()):
-            if flags.get(key) != self.flags.get(key):
-                fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {self.flags.get(key)}: "
-                     "choose another --out, or --overwrite")
+        same_flags(path, flags, dict.fromkeys(flags) | self.flags, ": choose another --out, or --overwrite")
 
     def begin(self, data, net, *stages, augmentation="crop, flip"):
         """Print and keep the protocol; all is checked by now. stages: the learning rates of the epochs of each."""

@@ -11,6 +11,7 @@
 # A recorded run is not run again, an interrupted one goes on where it was, and a failing one does not stop the others.
 set -u
 cd "$(dirname "$0")" || exit 2
+usage() { echo "error: $1" >&2; exit 2; }
 (($# <= 1)) || set -- "$*"  # refused below
 dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=()
 case "$dataset" in
@@ -19,7 +20,7 @@ case "$dataset" in
     one-protocol)
         dataset=cifar100 rbl=(--augment crop)
         protocol=(--backbone resnet32 --epochs 200 --batch-size 128 --val-per-class 20) ;;
-    *) echo "error: usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" >&2; exit 2 ;;
+    *) usage "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
 esac
 read -ra seeds <<< "${SEEDS:-$seeds}"
 read -ra factors <<< "${IMB:-100}"
@@ -27,7 +28,6 @@ read -ra flags <<< "${FLAGS:-}"
 jobs=${JOBS:-$jobs}
 out=${OUT:-runs}/${1:-synthetic}
 trap 'trap - INT TERM; kill 0' INT TERM  # and none of the runs goes on alone
-usage() { echo "error: $1" >&2; exit 2; }
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || usage "JOBS=$jobs: a number of runs, 1 or more"
 [[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"
 [[ "${factors[*]}" =~ ^([1-9][0-9]*|natural)(\ ([1-9][0-9]*|natural))*$ ]] || usage "IMB=${factors[*]}: whole numbers, or natural"
