@@ -77,7 +77,8 @@ def base_parser(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument_group("common flags").add_argument
-    add("--dataset", default="cifar100", help="cifar10, cifar100, synthetic, or a folder with your own images")
+    add("--dataset", type=lambda name: name.rstrip("/") or name, default="cifar100",
+        help="cifar10, cifar100, synthetic, or a folder with your own images")
     add("--data-root", help="folder of the CIFAR files (data), or of the images that your own lists name (the lists')")
     add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0 is the field's standard subset")
@@ -100,8 +101,9 @@ def base_parser(doc):
     return parser
 
 
-def parse(parser, argv, recipe, changes):
+def parse(parser, argv, recipe, changes, only={}):
     """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
+    only: {flag: (another, its values with which the flag has an effect)}; a flag without effect is refused.
     args.published: the recipe is as it was; only then row() puts the paper's number beside ours."""
     recipe = {"subset_seed": 0, "val_per_class": 0} | recipe
     parser.set_defaults(**recipe)
@@ -109,6 +111,9 @@ def parse(parser, argv, recipe, changes):
     recipe = recipe | changes.get(dataset if dataset in DATASETS else "own", {})
     parser.set_defaults(**recipe, **({} if dataset in DATASETS else {"imb_factor": "natural"}))
     args = parser.parse_args(argv)
+    for flag, (key, *values) in only.items():
+        if getattr(args, flag) != parser.get_default(flag) and getattr(args, key) not in values:
+            fail(f"--{flag.replace('_', '-')} is for --{key} {' or '.join(values)}, not for {getattr(args, key)}")
     args.published, args.argv = all(vars(args)[key] == recipe[key] for key in recipe), sys.argv[1:] if argv is None else argv
     return args
 
@@ -220,7 +225,7 @@ class Run:
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
         auto = "fp32" if device.type == "cpu" else "bf16" if args.backbone == "resnet34" else "tf32"
-        precision = auto if args.precision == "auto" else args.precision
+        precision = args.precision.replace("auto", auto)
         if (device.type, precision) == ("cpu", "tf32"):
             fail("--precision tf32 needs a GPU; a CPU has fp32 and bf16")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"  # convolutions; matrix products stay in fp32
@@ -748,8 +753,8 @@ def table(results):
     def cell(values):
         values = [v for v in values if v is not None]
         return (f"{np.mean(values):.1f}" if values else "") + (f" ± {np.std(values, ddof=1):.1f}" if values[1:] else "")
-    lines = [["method", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run", "seeds",
-              "command"]]
+    lines = [["method", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run", "device",
+              "seeds", "command"]]
     for (method, name, dataset, factor, _), seeds in groups.items():
         runs, entries = zip(*seeds.values())
         command = re.sub(r" --(overwrite|(seed|out|device|data-root|eval-every)[ =]\S+)", "", runs[0]["command"])
@@ -759,6 +764,7 @@ def table(results):
                       f"{paper['all']} ({paper['source']})" if paper else "", cell([a.get("all") for a in acc]) or "not run",
                       *(cell([a.get(k) for a in acc]) for k in ("many", "medium", "few")), cell([f.get("all") for f in flip]),
                       cell([e.get("best_test") for e in entries]), cell([r["seconds"] for r in runs]),
+                      " / ".join(dict.fromkeys(r["device"] for r in runs if r.get("device"))),
                       " ".join(str(seed) for seed in seeds if seed is not None), f"`{command}`"])
     keep = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
     lines.insert(1, ["---"] * len(lines[0]))

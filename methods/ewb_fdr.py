@@ -128,9 +128,9 @@ def parse_args(argv):
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of wb's stage 2")
     add("--lr2", type=common.POSITIVE, help="its peak learning rate")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="its weight decay")
-    args = common.parse(parser, argv, RECIPE, CHANGES)
-    if args.stage1 and args.variant != "wb":
-        common.fail(f"--stage1 is for --variant wb; {args.variant} has one stage")
+    only = {"zeta": ("variant", "fr-etf")} | dict.fromkeys(("beta", "cb_loss"), ("variant", "cb", "wb"))
+    only |= dict.fromkeys(("stage1", "epochs2", "lr2", "weight_decay2"), ("variant", "wb"))
+    args = common.parse(parser, argv, RECIPE, CHANGES, only)
     if args.weight_decay is None:
         args.weight_decay = 0.0 if args.variant in ("ce", "cb") else 1e-3 if args.dataset == "synthetic" else 5e-3
     args.cb_loss = args.cb_loss or ("bce" if args.variant == "wb" else "ce")

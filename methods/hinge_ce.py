@@ -96,7 +96,8 @@ def parse_args(argv):
     add("--tau-minus", choices=["pi", "theta"], help="pi: none; theta: theta_K - tau+ (Theorem 1)")
     add("--minor", type=common.ZERO_OR_MORE, help="classes of at most so many training images get a cone")
     add("--warmup", type=common.ZERO_OR_MORE, help="epochs in which the learning rate rises; if not given: 5 for ce, else 0")
-    args = common.parse(parser, argv, RECIPE, CHANGES)
+    cones = dict.fromkeys(("tau_plus", "tau_major", "tau_minus", "minor"), ("variant", "hinge"))
+    args = common.parse(parser, argv, RECIPE, CHANGES, only=cones)
     if args.warmup is None:
         args.warmup = 5 if args.variant == "ce" else 0
     return args

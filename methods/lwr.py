@@ -109,7 +109,7 @@ def parse_args(argv):
     add("--form", choices=["dot", "cos", "hinge2"], help="of a pair's repulsion, see lwr()")
     add("--gamma", type=common.NOT_NEGATIVE, help="of focal")
     add("--tau", type=common.NOT_NEGATIVE, help="of la, after training")
-    return common.parse(parser, argv, RECIPE, CHANGES)
+    return common.parse(parser, argv, RECIPE, CHANGES, only={"gamma": ("base", "focal"), "tau": ("base", "la")})
 
 
 def main(argv=None):

@@ -42,6 +42,15 @@ def test_flags_of_one_script(refused, script, flags):
     refused(script, *flags, words=[flags[0]])
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("hinge_ce", "--variant ce --tau-plus 1"), ("hinge_ce", "--variant ce-etf --minor 3"), ("lwr", "--base bs --gamma 2"),
+    ("lwr", "--base focal --tau 0.5"), ("ewb_fdr", "--variant ce --zeta 5"), ("ewb_fdr", "--variant wd --beta 0.9"),
+    ("ewb_fdr", "--variant etf --cb-loss ce"), ("ewb_fdr", "--variant cb --epochs2 3"), ("ewb_fdr", "--variant wd --stage1 x")])
+def test_a_flag_without_effect(refused, script, flags):
+    key, value, flag, _ = flags.split()
+    refused(script, *flags.split(), words=[f"{flag} is for {key}", f"not for {value}"])
+
+
 def test_an_etf_needs_as_many_dimensions_as_classes(refused, monkeypatch):
     monkeypatch.setitem(common.BACKBONES, "small", lambda num_classes: Narrow(num_classes))
     refused("ewb_fdr", "--variant", "etf", words=["8 features", "--backbone"])
@@ -122,10 +131,6 @@ def test_stage_one_files(refused, tmp_path, content):
     refused("ewb_fdr", "--variant", "wb", "--stage1", path, words=[str(path)])
 
 
-def test_stage_one_where_there_is_one_stage(refused):
-    refused("ewb_fdr", "--variant", "wd", "--stage1", "x", words=["--stage1"])
-
-
 def test_damaged_results(refused, tmp_path):
     results = tmp_path / "runs" / "results.jsonl"
     results.parent.mkdir()
@@ -189,7 +194,8 @@ def test_own_folders_and_lists_give_the_same_data(own):
 def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path):
     monkeypatch.undo()
     flags = ("--dataset", own, "--epochs", "1", "--backbone", "small", "--batch-size", "4")
-    assert call("hinge_ce", *flags) == 0 and call("ewb_fdr", *flags, "--val-per-class", "1") == 0
+    assert call("hinge_ce", *flags) == 0 and call("hinge_ce", *flags, "--dataset", f"{own}/") == 0  # the same run
+    assert call("ewb_fdr", *flags, "--val-per-class", "1") == 0
     result = json.loads((tmp_path / "runs" / "results.jsonl").read_text().splitlines()[0])
     assert result["imb_factor"] == "natural" and result["acc"]["many"] is None and result["acc"]["few"] is not None
 
