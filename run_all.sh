@@ -4,7 +4,8 @@
 #   bash run_all.sh                  the generated data set: minutes on a CPU, nothing to download
 #   bash run_all.sh cifar100         the papers' recipes on CIFAR-100-LT (or cifar10): wants a GPU
 #   bash run_all.sh one-protocol     CIFAR-100-LT with one network, augmentation, batch size, number of epochs and set of
-#                                    training images for all; what a method is (losses, rates, second stage) stays its own
+#                                    training images for all; what a method is (losses, rates, second stage) stays its own.
+#                                    ResNet-34, as a simplex of 100 class vectors does not fit ResNet-32's 64 features
 #
 #   SEEDS="0 1 2"  IMB="100 50 10"  METHODS="lort rbl"  JOBS=4 (runs at a time)  OUT=runs  FLAGS="--epochs 2" (for every run)
 #
@@ -13,13 +14,13 @@ set -u
 cd "$(dirname "$0")" || exit 2
 usage() { echo "error: $1" >&2; exit 2; }
 (($# <= 1)) || set -- "$*"  # refused below
-dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=()
+dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=() lort=()
 case "$dataset" in
     synthetic) seeds=0 jobs=$(($(nproc) < 4 ? $(nproc) : 4)) ;;
-    cifar10 | cifar100) ;;
+    cifar10 | cifar100) protocol=(--eval-every 10) ;;
     one-protocol)
-        dataset=cifar100 rbl=(--augment crop)
-        protocol=(--backbone resnet32 --epochs 200 --batch-size 128 --val-per-class 20) ;;
+        dataset=cifar100 rbl=(--augment crop) lort=(--init he)
+        protocol=(--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20) ;;
     *) usage "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
 esac
 read -ra seeds <<< "${SEEDS:-$seeds}"
@@ -72,7 +73,7 @@ for seed in "${seeds[@]}"; do
     for factor in "${factors[@]}"; do
         queue weight_balancing
         for variant in ce cb etf fr-etf; do queue run ewb_fdr.py --variant $variant; done
-        queue run lort.py
+        queue run lort.py "${lort[@]}"
         for head in linear fixed rbl; do queue run rbl.py --head $head "${rbl[@]}"; done
         for base in bs ce-drw focal la; do
             queue run lwr.py --base $base --strength 0

@@ -21,7 +21,7 @@ no flip 39.1, 46.8, 51.8); fr-etf with multiplicative adjustment 53.0 (as quoted
 
 Departures
 - tau and gamma are chosen on 20 validation images a class, for which the head class gives up 20 of the field's subset
-  (WB has none and looks at the test set; EWB takes 480-image heads and other images). Last epoch, not the best.
+  (at IF 100; WB has none and looks at the test set; EWB takes 480-image heads and other images). Last epoch, not the best.
 - --cb-loss: WB's code takes the binary cross-entropies of the softmax, averaged over the K classes ("bce"), and EWB's the
   weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the first, cb to the second.
 - WB follows its code where its text differs: ResNet-34 (text: 32), 320 epochs (200, of which its 46.1 is), MaxNorm once
@@ -105,7 +105,7 @@ RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="r
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
            "own": dict(val_per_class=0)}
-WB = "WB, Table 2: best test epoch"
+WB = "WB, Table 2: best test epoch, flip in its code"
 PAPER = {"ce": (WB, {("cifar100", 100): 38.38, ("cifar100", 50): 43.99, ("cifar100", 10): 57.31}),
          "wd": (WB, {("cifar100", 100): 46.08, ("cifar100", 50): 52.71, ("cifar100", 10): 66.03}),
          "wb": (WB, {("cifar100", 100): 53.35, ("cifar100", 50): 57.71, ("cifar100", 10): 68.67}),

@@ -15,8 +15,10 @@ become small and equally large over the classes, without knowing how many images
 To reproduce: CIFAR-100-LT, IF 100, ResNet-34: stage 1 48.4, LORT 54.9 (best of five runs, best test epoch, flip averaging).
 
 Departures
-- Last epoch, one view, mean over seeds; the paper's flip averaging stands in its own column.
-- The field's shuffled subset; the authors' code takes the first images of each class. Cosine per epoch from lr.
+- Last epoch, one view, mean over seeds; the paper's flip averaging stands in its own column. Stage 2 too starts from the
+  last epoch; in the authors' code from the one that was best on the test set.
+- The field's shuffled subset; the authors' code takes the first images of each class.
+- As in the authors' code, the convolutions start from PyTorch's default; --init he is WB's and EWB's network.
 - --bn train follows the authors' code: in stage 2 normalisation uses the batch and its running statistics move on,
   although f is 'frozen'. --bn eval freezes them too, as the text says.
 - r_i: over all test images (the text does not say which) and with the population's deviation.
@@ -55,7 +57,7 @@ def regularized_std(logits, labels):
 # ---- the recipe
 
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",       # the authors' code
-              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", stage1=None)
+              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", stage1=None, init="torch")
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02, weight_decay=1e-3)}  # ours, for the demo
 SOURCE = "best of 5, flip, best test epoch"
 PAPER = {"stage 1": (SOURCE, {("cifar100", 100): 48.4}),
@@ -75,6 +77,7 @@ def parse_args(argv):
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
+    add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own; or He et al.'s, as the other scripts")
     add("--bn", choices=["train", "eval"], help="normalisation in stage 2: moving on, or frozen")
     return common.parse(parser, argv, RECIPE, CHANGES)
 
@@ -83,7 +86,11 @@ def main(argv=None):
     args = parse_args(argv)
     run = common.Run(args, "lort", "lort")
     data = common.load_data(args, run.device)
-    net = common.BACKBONES[args.backbone](len(data.counts)).to(run.device, memory_format=torch.channels_last)
+    net = common.BACKBONES[args.backbone](len(data.counts))
+    for module in net.modules():
+        if args.init == "torch" and isinstance(module, torch.nn.Conv2d):
+            module.reset_parameters()
+    net.to(run.device, memory_format=torch.channels_last)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)]
     same = {key: vars(args)[key] for key in ("dataset", "imb_factor", "subset_seed")}

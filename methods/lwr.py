@@ -7,9 +7,11 @@ loss), a variant 'with projection' that is not the same as the one without, and 
 Idea: balanced losses pull the weight vectors of similar classes together; push apart those that are already close.
 
     w_i: the rows of the classifier's weight, (K, D);  S = {(i, j): i != j, cos(w_i, w_j) > theta}, not differentiated
-    R   = 1/K sum_{(i,j) in S} w_i . w_j                               without projection
-    R   = 1/K sum_{(i,j) in S} sg(|w_i| |w_j|) cos(w_i, w_j)           with: its gradient at w_i is perpendicular to w_i
-    L   = L_base(z, y) + lambda(t) R,    lambda(t) = strength * t / T
+    s_ij = w_i . w_j                                  without projection
+    s_ij = sg(|w_i| |w_j|) cos(w_i, w_j)              with: the gradient at w_i is then perpendicular to w_i
+    R    = 1/K sum_{(i,j) in S} s_ij                               --form dot
+    R    = 1/K sum_i log(1 + sum_{j: (i,j) in S} exp(s_ij))        --form lse
+    L    = L_base(z, y) + lambda(t) R,    lambda(t) = strength * t / T
 
     L_base: bs      cross-entropy(z + log n, y)                        Balanced Softmax
             ce-drw  cross-entropy, class-balanced after 80 % of the epochs (beta 0.9999; mean weighted as LDAM-DRW's)
@@ -45,15 +47,13 @@ def gate(weight, theta):
 
 
 def lwr(weight, theta, project=True, form="dot"):
-    """R of the docstring, a 0-d tensor; weight (K, D). Two alternatives of the reconstruction: form "cos" is
-    1/K sum_S cos, form "hinge2" is 1/K sum_S (cos - theta)^2; neither changes norms, so project is without effect."""
+    """R of the docstring, a 0-d tensor; weight (K, D)."""
     direction, norm = F.normalize(weight), weight.detach().norm(dim=1)
-    cosine = direction @ direction.T
+    pairs = norm[:, None] * norm * (direction @ direction.T) if project else weight @ weight.T          # s  (K, K)
     if form == "dot":
-        pairs = norm[:, None] * norm * cosine if project else weight @ weight.T
-    else:
-        pairs = cosine if form == "cos" else (cosine - theta).clamp(min=0) ** 2
-    return torch.where(gate(weight, theta), pairs, 0).sum() / len(weight)
+        return torch.where(gate(weight, theta), pairs, 0).sum() / len(weight)
+    outside = torch.full_like(pairs, -torch.inf).fill_diagonal_(0)                                      # exp: 0, and the 1
+    return torch.where(gate(weight, theta), pairs, outside).logsumexp(1).mean()
 
 
 def strength_at(progress, schedule):
@@ -106,7 +106,7 @@ def parse_args(argv):
         help="cosine above which a pair repels")
     add("--project", choices=["yes", "no"], help="keep only the part of the gradient that turns a vector")
     add("--schedule", choices=["ramp", "const", "square", "deferred", "falling"], help="lambda(t)")
-    add("--form", choices=["dot", "cos", "hinge2"], help="of a pair's repulsion, see lwr()")
+    add("--form", choices=["dot", "lse"], help="of R: a sum, or log-sum-exp")
     add("--gamma", type=common.NOT_NEGATIVE, help="of focal")
     add("--tau", type=common.NOT_NEGATIVE, help="of la, after training")
     return common.parse(parser, argv, RECIPE, CHANGES, only={"gamma": ("base", "focal"), "tau": ("base", "la")})

@@ -248,8 +248,23 @@ def test_lwr_gate_at_its_ends_and_the_other_forms():
     assert lwr.gate(weight, 1.0).sum() == 0 and lwr.gate(weight, -1.0).sum() == 30
     cosine = F.cosine_similarity(weight[:, None], weight[None], dim=2)
     chosen = (cosine > 0.2) & ~torch.eye(6).bool()
-    assert lwr.lwr(weight, 0.2, form="cos").item() == pytest.approx(cosine[chosen].sum().item() / 6, rel=1e-5)
-    assert lwr.lwr(weight, 0.2, form="hinge2").item() == pytest.approx(((cosine[chosen] - 0.2) ** 2).sum().item() / 6, rel=1e-5)
+    slow = [math.log(1 + sum(math.exp(weight[i] @ weight[j]) for j in range(6) if chosen[i, j])) for i in range(6)]
+    for project in (True, False):
+        assert lwr.lwr(weight, 0.2, project, "lse").item() == pytest.approx(sum(slow) / 6, rel=1e-5)
+
+
+def test_lwr_lse_gradient():
+    """Where softmax would share w_i's repulsion among its neighbours; none at theta = 1, tangential with projection."""
+    weight = (rand(7, 5) + 0.7).requires_grad_()
+    gradient = {(theta, project): torch.autograd.grad(lwr.lwr(weight, theta, project, "lse"), weight)[0]
+                for theta in (0.4, 1.0) for project in (True, False)}
+    share = torch.where(lwr.gate(weight, 0.4), (weight @ weight.T).exp(), 0)
+    share = (share / (1 + share.sum(1, keepdim=True))).detach()
+    assert torch.allclose(gradient[0.4, False], (share + share.T) @ weight / 7)
+    direction = F.normalize(weight.detach())
+    tangential = gradient[0.4, False] - (gradient[0.4, False] * direction).sum(1, keepdim=True) * direction
+    assert torch.allclose(gradient[0.4, True], tangential) and tangential.abs().max() > 1e-3
+    assert (gradient[1.0, True] == 0).all() and (gradient[1.0, False] == 0).all()
 
 
 def test_lwr_base_losses():

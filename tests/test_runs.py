@@ -1,4 +1,5 @@
 """Whole runs: repeatable, resumable, honest about the test set; results are neither lost nor mixed."""
+import importlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -462,7 +464,31 @@ def test_run_all_skips_what_is_recorded_and_goes_on_after_a_failure(fake, tmp_pa
     done = run_all("one-protocol", **environment | {"SEEDS": "0", "IMB": "100"})
     runs = trace.read_text().splitlines()
     assert done.returncode == 0 and len(runs) == 22 and sum("--augment crop" in run for run in runs) == 3
-    assert all("--backbone resnet32 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100" in run for run in runs)
+    assert all("--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100" in run for run in runs)
+
+
+@pytest.mark.parametrize("words", ["cifar10", "cifar100", "one-protocol"])
+def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
+    """Every command up to its training, with 100 (or 10) classes of one grey image in place of CIFAR."""
+    class Begins(Exception):
+        pass
+
+    def begin(*_, **__):
+        raise Begins
+
+    def data(args, device):
+        labels = torch.arange(10 if words == "cifar10" else 100)
+        split = common.Split(torch.zeros(len(labels), 32, 32, 3, dtype=torch.uint8), labels, torch.zeros(3), torch.ones(3))
+        return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), {})
+    monkeypatch.setattr(common, "load_data", data)
+    monkeypatch.setattr(common, "load_net", lambda *_, **__: {})
+    monkeypatch.setattr(common.Run, "begin", begin)
+    run_all(words, **fake, SEEDS="0")
+    for number, line in enumerate((tmp_path / "trace").read_text().splitlines()):
+        script, *flags = line.split()
+        with pytest.raises(Begins):
+            importlib.import_module(Path(script).stem).main([*flags, "--out", str(tmp_path / str(number))])
+    assert number == 21
 
 
 def test_a_stopped_run_all_leaves_no_run_behind(fake, tmp_path):
