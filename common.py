@@ -61,7 +61,7 @@ def number(kind, ok, wanted):
 
 
 SAVE_EVERY = 30.0  # seconds
-AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-LT
+AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-100-LT at IF 100
 ONE_OR_MORE = number(int, lambda n: 1 <= n < 2**31, "1 or more, and below 2^31")
 ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32")
 POSITIVE = number(float, lambda v: 1e-30 < v < 1e30, "above 0 and below 1e30")
@@ -95,7 +95,7 @@ def base_parser(doc):
         help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
-    add("--eval-every", type=ZERO_OR_MORE, default=0, help="score the test set every N epochs too, to report the best")
+    add("--eval-every", type=ZERO_OR_MORE, default=0, help="score the test set every N epochs and after the last")
     add("--out", default="runs", help="folder of results.jsonl and of the runs' own folders")
     add("--overwrite", action="store_true", help="delete what this run has left, and start again")
     return parser
@@ -113,7 +113,9 @@ def parse(parser, argv, recipe, changes, only={}):
     args = parser.parse_args(argv)
     for flag, (key, *values) in only.items():
         if getattr(args, flag) != parser.get_default(flag) and getattr(args, key) not in values:
-            fail(f"--{flag.replace('_', '-')} is for --{key} {' or '.join(values)}, not for {getattr(args, key)}")
+            fail(f"--{flag.replace('_', '-')} has no effect with --{key} {getattr(args, key)}")
+    if dataset in DATASETS and args.image_size:
+        fail(f"--image-size has no effect on {dataset}, only on your own images")
     args.published, args.argv = all(vars(args)[key] == recipe[key] for key in recipe), sys.argv[1:] if argv is None else argv
     return args
 
@@ -173,7 +175,7 @@ def load_results(path):
     try:
         for k, line in enumerate(path.read_text().splitlines()):
             results += [json.loads(line)] if line.strip() else []
-            table(results[-1:])
+            table(results[-1:])  # raises if a field is missing
         return results
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"line {k + 1} of {path} is no result: mend or delete it ({type(error).__name__}: {error})")
@@ -318,8 +320,9 @@ class Run:
                   f"{(self.total - self.epoch - 1) * seconds:.0f} s left", flush=True)
 
     def test_now(self):
-        """Whether --eval-every asks for the test set after this epoch."""
-        return self.args.eval_every > 0 and (self.epoch + 1) % self.args.eval_every == 0
+        """Whether --eval-every asks for the test set after this epoch; if at all, then after the last one too."""
+        every = self.args.eval_every
+        return every > 0 and ((self.epoch + 1) % every == 0 or self.epoch + 1 == self.total)
 
     def tested(self, logits):
         """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the test set."""
@@ -340,8 +343,11 @@ class Run:
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
             "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-        save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags})
-        save(self.folder / "test_logits.pt", {k: v.cpu() for k, v in {"labels": self.data.test.labels, **logits}.items()})
+        test = self.data.test
+        logits = {"labels": test.labels, "counts": torch.tensor(self.data.counts), **logits}
+        save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags, "classes": self.data.classes,
+                                          "mean": test.mean.cpu(), "std": test.std.cpu()})
+        save(self.folder / "test_logits.pt", {k: v.cpu() for k, v in logits.items()})
         self._record([result])
         for path in self.folder.glob("*.ckpt"):
             path.unlink()
@@ -376,7 +382,8 @@ class Data(NamedTuple):
     val: Split | None
     test: Split
     counts: list          # training images per class
-    subset: dict          # rule, total and sha256 of the subset before validation images are held out of it
+    subset: dict          # rule, total and sha256 of the subset before validation images are held out of it; sha256 of all
+    classes: list | None  # the names of your own classes in the order of their numbers
 
 
 def exp_counts(n_max, num_classes, imb_factor):
@@ -432,9 +439,9 @@ def synthetic():
 
 
 def own_data(folder, root, size):
-    """[train, test, val] of (images, labels), val None if there is none. The folder holds train/, test/ and maybe val/
-    with a folder per class, or *train.txt, *test.txt and maybe *val.txt of lines `path label`, the paths below root.
-    Classes are numbered by their training images, the largest first. size: pixels a side, or None for one size as it is."""
+    """train, test and val of (images, labels), val None if there is none; and the class names, numbered by their training
+    images, the largest first. The folder holds train/, test/ and maybe val/ with a folder per class, or *train.txt, *test.txt
+    and maybe *val.txt of lines `path label`, the paths below root. size: pixels a side, or None for one size as it is."""
     from PIL import Image, ImageOps
     from torchvision.datasets import ImageFolder
     files, images = {}, {"val": None}
@@ -482,18 +489,18 @@ def own_data(folder, root, size):
             if image.shape != (side, side, 3) or side < 16:
                 fail(f"{path}: images must be squares of one size, 16 pixels or more: give --image-size")
         images[part] = np.stack(pixels), np.array([number_of[label] for _, label in files[part]])
-    return images["train"], images["test"], images["val"]
+    return images["train"], images["test"], images["val"], classes
 
 
 def load_data(args, device):
     """The long-tailed training set, the validation set if any, the whole test set, and what to say about them."""
-    val, held_out, folder = None, args.val_per_class, Path(args.dataset)
+    val, classes, held_out, folder = None, None, args.val_per_class, Path(args.dataset)
     if args.dataset == "synthetic":
         (images, labels), test = synthetic()
     elif args.dataset in DATASETS:
         (images, labels), test = cifar(args.dataset, Path(args.data_root or "data"))
     else:
-        (images, labels), test, val = own_data(folder, Path(args.data_root or folder), args.image_size)
+        (images, labels), test, val, classes = own_data(folder, Path(args.data_root or folder), args.image_size)
     if val and held_out:
         fail(f"--val-per-class {held_out}: {folder} has validation images of its own")
     available = np.bincount(labels).tolist()
@@ -534,7 +541,7 @@ def load_data(args, device):
     for array in (images, labels, *(val or []), *test):
         content.update(np.ascontiguousarray(array))
     return Data(split(images, labels), val and split(*val), split(*test), counts,
-                {"rule": rule, "total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]})
+                {"rule": rule, "total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}, classes)
 
 
 # ---------------------------------------------------------------------------------------------------- 3 batches
@@ -545,10 +552,10 @@ def crop_flip(images, generator):
     torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H, W, 3) uint8."""
     n, size, pad = len(images), images.shape[1:3], images.shape[1] // 8
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=images.device)
-    mirror = torch.rand(n, 1, 1, 1, generator=generator, device=images.device) < 0.5
+    mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=images.device) < 0.5
     windows = F.pad(images, (0, 0, pad, pad, pad, pad)).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (N, 2p+1, 2p+1, 3, H, W)
     images = windows[torch.arange(n, device=images.device), top, left].permute(0, 2, 3, 1)
-    return torch.where(mirror, images.flip(2), images)
+    return torch.where(mirrored, images.flip(2), images)
 
 
 def normalise(images, split):
@@ -680,15 +687,14 @@ def mirror(split):
 
 
 @torch.no_grad()
-def predict(net, split, flip=False):
-    """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32.
-    flip=True: the logits are the mean over the image and its mirror image."""
+def predict(net, split):
+    """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32."""
     training = net.training
     net.eval()
     feat = torch.cat([net.features(normalise(images, split)) for images in split.images.split(1000)])
     logits = net.fc(feat)
     net.train(training)
-    return (logits + predict(net, mirror(split))[0]) / 2 if flip else logits, feat
+    return logits, feat
 
 
 def both_views(net, split):

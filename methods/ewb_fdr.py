@@ -101,7 +101,7 @@ def choose(adjust, logits, labels, counts):
 
 # ---- the recipe
 
-RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="resnet34", val_per_class=20,  # both
+RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="resnet34", val_per_class=20,  # both codes
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
 CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
            "own": dict(val_per_class=0)}
@@ -156,7 +156,8 @@ def main(argv=None):
     net.to(run.device, memory_format=torch.channels_last)
     if args.stage1:
         same = "dataset imb_factor subset_seed val_per_class seed epochs batch_size lr weight_decay".split()
-        common.load_net(net, args.stage1, needed={"variant": "wd"} | {key: vars(args)[key] for key in same})
+        known = common.load_net(net, args.stage1, needed={"variant": "wd"} | {key: vars(args)[key] for key in same})
+        args.published &= bool(known)                                               # a bare state_dict tells no recipe
     weights = class_balanced_weights(data.counts, args.beta).to(run.device)         # (K,)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)] if args.variant == "wb" else []
@@ -170,9 +171,8 @@ def main(argv=None):
         with run.autocast():
             feat = net.features(x).float()
         logits = net.fc(feat)
-        loss = F.cross_entropy(logits, labels)
-        if args.variant == "cb":
-            loss = class_balanced_loss(logits, labels, weights, args.cb_loss)
+        cb = args.variant == "cb"
+        loss = class_balanced_loss(logits, labels, weights, args.cb_loss) if cb else F.cross_entropy(logits, labels)
         if args.variant == "fr-etf":
             loss = loss + args.zeta * feature_regularization(feat)
         optimizer.zero_grad()

@@ -117,8 +117,9 @@ def main(argv=None):
     net = Projected(common.BACKBONES[args.backbone](num_classes), args.width, num_classes, etf)
     net.to(run.device, memory_format=torch.channels_last)
     tau_plus = torch.where(class_sizes <= args.minor, args.tau_plus, args.tau_major)   # (C,)
-    if args.variant != "hinge":
-        tau_plus = torch.zeros_like(tau_plus)
+    if args.variant == "hinge" and not tau_plus.any():
+        common.fail(f"no class has a cone, which makes this --variant ce-etf: the smallest has {min(data.counts)} training "
+                    f"images, --minor is {args.minor}")
     theta = math.acos(-1 / (num_classes - 1))                                          # the ETF's pairwise angle, eq. 4
     tau_minus = torch.where((tau_plus > 0) & (args.tau_minus == "theta"), theta - tau_plus, math.pi)  # (C,)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
@@ -129,7 +130,7 @@ def main(argv=None):
     def step(x, labels):
         with run.autocast():
             feat = net.features(x).float()
-        logits = net.fc(feat) if args.variant == "ce" else hinge_logits(feat, labels, net.fc.weight, tau_plus, tau_minus)
+        logits = hinge_logits(feat, labels, net.fc.weight, tau_plus, tau_minus) if args.variant == "hinge" else net.fc(feat)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -152,9 +153,11 @@ def main(argv=None):
     _, feat = common.predict(net, data.train)
     cosine = F.cosine_similarity(feat, net.fc.weight[data.train.labels])               # of u and w_y  (N,)
     coned = tau_plus[data.train.labels] > 0
-    inside = (cosine >= tau_plus[data.train.labels].cos())[coned].float().mean().item()  # NaN where no class has a cone
+    metrics = {"inside_the_cones": (cosine >= tau_plus[data.train.labels].cos())[coned].float().mean().item()}
+    if data.val:  # what the angles may be chosen by
+        metrics["val"] = common.report(common.predict(net, data.val)[0], data.val.labels, data.counts)
     rows = [common.row(args.variant, PAPER, args, acc, acc_flip, run.best_test)]
-    run.finish(net, {"logits": logits}, rows, inside_the_cones=inside)
+    run.finish(net, {"logits": logits}, rows, **metrics)
 
 
 if __name__ == "__main__":

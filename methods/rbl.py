@@ -168,7 +168,7 @@ PAPER = {"rbl": (SOURCE, {("cifar10", 50): 87.6, ("cifar10", 100): 84.7, ("cifar
 
 
 def warmup_cosine_lr(epoch, epochs, lr, warmup=8):
-    """From lr / 2 to lr in 8 epochs, then half a cosine to 0 in the last epoch (the authors' code)."""
+    """lr/2 + lr/16, lr/2 + 2 lr/16, ... lr in 8 epochs, then half a cosine to 0 in the last epoch (the authors' code)."""
     if epoch < warmup:
         return 0.5 * lr * (1 + (epoch + 1) / warmup)
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup + 1) / (epochs - warmup)))
@@ -189,7 +189,7 @@ def main(argv=None):
     run = common.Run(args, "rbl", args.head)
     data = common.load_data(args, run.device)
     num_classes = len(data.counts)
-    if args.dim < num_classes:
+    if args.head != "linear" and args.dim < num_classes:
         common.fail(f"--dim {args.dim}: a frame of {num_classes} classes needs as many dimensions")
 
     net = common.BACKBONES[args.backbone](num_classes)
@@ -228,10 +228,12 @@ def main(argv=None):
     for name, tau, best in ((f"{args.head}, no adjustment", 0.0, None), (args.head, args.tau, run.best_test)):
         acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, flipped))
         rows.append(common.row(name, PAPER, args, acc, acc_flip, best))
-    moved = {}
+    metrics = {}
     if args.head != "linear":
-        moved = {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
-    run.finish(net, {"logits": logits}, rows, **moved)
+        metrics = {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
+    if data.val:  # what tau may be chosen by
+        metrics["val"] = common.report(common.predict(net, data.val)[0] - args.tau * log_prior, data.val.labels, data.counts)
+    run.finish(net, {"logits": logits}, rows, **metrics)
 
 
 if __name__ == "__main__":

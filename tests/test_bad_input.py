@@ -48,7 +48,14 @@ def test_flags_of_one_script(refused, script, flags):
     ("ewb_fdr", "--variant etf --cb-loss ce"), ("ewb_fdr", "--variant cb --epochs2 3"), ("ewb_fdr", "--variant wd --stage1 x")])
 def test_a_flag_without_effect(refused, script, flags):
     key, value, flag, _ = flags.split()
-    refused(script, *flags.split(), words=[f"{flag} is for {key}", f"not for {value}"])
+    refused(script, *flags.split(), words=[f"{flag} has no effect with {key} {value}"])
+
+
+def test_cones_without_a_class_to_put_them_on(refused):
+    refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
+    refused("hinge_ce", "--tau-plus", "0", words=["no class has a cone"])
+    refused("hinge_ce", "--image-size", "32", words=["--image-size", "synthetic"])
+    refused("lort", "--stage1", "x", "--lr", "0.3", words=["--lr", "--stage1"])
 
 
 def test_an_etf_needs_as_many_dimensions_as_classes(refused, monkeypatch):
@@ -197,6 +204,9 @@ def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path):
     assert call("hinge_ce", *flags) == 0 and call("hinge_ce", *flags, "--dataset", f"{own}/") == 0  # the same run
     assert call("ewb_fdr", *flags, "--val-per-class", "1") == 0
     result = json.loads((tmp_path / "runs" / "results.jsonl").read_text().splitlines()[0])
+    weights = torch.load(tmp_path / "runs" / result["folder"] / "weights.pt", weights_only=True)
+    logits = torch.load(tmp_path / "runs" / result["folder"] / "test_logits.pt", weights_only=True)
+    assert len(weights["classes"]) == logits["logits"].shape[1] == len(logits["counts"]) and weights["mean"].shape == (3,)
     assert result["imb_factor"] == "natural" and result["acc"]["many"] is None and result["acc"]["few"] is not None
 
 

@@ -479,7 +479,7 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
     def data(args, device):
         labels = torch.arange(10 if words == "cifar10" else 100)
         split = common.Split(torch.zeros(len(labels), 32, 32, 3, dtype=torch.uint8), labels, torch.zeros(3), torch.ones(3))
-        return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), {})
+        return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), {}, None)
     monkeypatch.setattr(common, "load_data", data)
     monkeypatch.setattr(common, "load_net", lambda *_, **__: {})
     monkeypatch.setattr(common.Run, "begin", begin)
