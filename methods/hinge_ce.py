@@ -71,7 +71,8 @@ class Projected(nn.Module):
 # ---- the recipe
 
 RECIPE = dict(epochs=256, batch_size=128, lr=0.4, weight_decay=1e-4, backbone="resnet32",  # App. B
-              width=128, tau_plus=2 * math.pi / 9, tau_major=0.0, tau_minus="pi", minor=50, warmup=None)  # Table 4: 40 degrees
+              width=128, tau_plus=2 * math.pi / 9, tau_major=0.0, tau_minus="pi", minor=50,        # Table 4: 40 degrees
+              momentum=0.9, warmup=None)
 CHANGES = {"cifar10": dict(width=64, tau_plus=math.pi / 3),                                # Table 4: 60 degrees
            "synthetic": dict(epochs=20, batch_size=64, backbone="small", lr=0.2, width=64, tau_plus=math.pi / 3)}  # ours
 PAPER = {"ce": ("Table 2, its row of Menon et al.", {("cifar10", 100): 72.8, ("cifar100", 100): 39.5}),
@@ -95,6 +96,7 @@ def parse_args(argv):
         help="radians: the cone of all other classes; 0 is none")
     add("--tau-minus", choices=["pi", "theta"], help="pi: none; theta: theta_K - tau+ (Theorem 1)")
     add("--minor", type=common.ZERO_OR_MORE, help="classes of at most so many training images get a cone")
+    add("--momentum", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="Nesterov's; 0: plain SGD")
     add("--warmup", type=common.ZERO_OR_MORE, help="epochs in which the learning rate rises; if not given: 5 for ce, else 0")
     cones = dict.fromkeys(("tau_plus", "tau_major", "tau_minus", "minor"), ("variant", "hinge"))
     args = common.parse(parser, argv, RECIPE, CHANGES, only=cones)
@@ -123,7 +125,7 @@ def main(argv=None):
     theta = math.acos(-1 / (num_classes - 1))                                          # the ETF's pairwise angle, eq. 4
     tau_minus = torch.where((tau_plus > 0) & (args.tau_minus == "theta"), theta - tau_plus, math.pi)  # (C,)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
-                                momentum=0.9, weight_decay=args.weight_decay, nesterov=True, fused=True)
+                                momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0, fused=True)
     lrs = [risen_cosine_lr(e, args.epochs, args.lr, args.warmup) for e in range(args.epochs)]
     run.begin(data, net, lrs)
 
