@@ -582,8 +582,8 @@ def captured(step, net, optimizer):
     """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, step itself.
 
     The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class weights) must
-    be a tensor that is changed in place; the optimizer is SGD with momentum. Capturing leaves weights, buffers and
-    momentum as they were.
+    be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights, buffers
+    and momentum as they were.
     """
     if not next(net.parameters()).is_cuda:
         return step

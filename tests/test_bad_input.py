@@ -35,7 +35,7 @@ def test_flags_of_every_script(refused, script, flags):
     ("lwr", ("--theta", "1.01")), ("lwr", ("--theta", "-2")), ("lwr", ("--theta", "nan")), ("lwr", ("--strength", "-1")),
     ("lwr", ("--gamma", "-1")), ("lwr", ("--base", "ce")), ("lwr", ("--tau", "-1")),
     ("hinge_ce", ("--tau-plus", "40")), ("hinge_ce", ("--tau-plus", "-0.1")), ("hinge_ce", ("--tau-major", "2")),
-    ("hinge_ce", ("--width", "0")), ("hinge_ce", ("--width", "19")), ("hinge_ce", ("--minor", "-1")), ("hinge_ce", ("--warmup", "-1")),
+    ("hinge_ce", ("--width", "0")), ("hinge_ce", ("--width", "19")), ("hinge_ce", ("--minor", "-1")), ("hinge_ce", ("--warmup", "-1")), ("hinge_ce", ("--momentum", "1")),
     ("rbl", ("--dim", "19")), ("rbl", ("--dim", "0")), ("rbl", ("--tau", "nan")), ("rbl", ("--head", "none")),
     ("ewb_fdr", ("--beta", "1")), ("ewb_fdr", ("--zeta", "-1")), ("ewb_fdr", ("--cb-loss", "mse")), ("ewb_fdr", ("--val-per-class", "0"))])
 def test_flags_of_one_script(refused, script, flags):

@@ -153,7 +153,8 @@ class FakeGraph:
         self.loss.copy_(self.step(self.x, self.labels))
 
 
-def test_a_captured_run_equals_an_uncaptured_one(monkeypatch):
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_captured_run_equals_an_uncaptured_one(monkeypatch, momentum):
     class Recording:  # stands for torch.cuda.graph and runs the step once for real: a harsher test of the restoring
         def __init__(self, graph, stream):
             self.graph = graph
@@ -171,7 +172,7 @@ def test_a_captured_run_equals_an_uncaptured_one(monkeypatch):
     for capture in (False, True):
         torch.manual_seed(0)
         net = common.BACKBONES["small"](20)
-        optimizer = torch.optim.SGD(net.parameters(), torch.tensor(0.1), momentum=0.9, weight_decay=1e-3, fused=True)
+        optimizer = torch.optim.SGD(net.parameters(), torch.tensor(0.1), momentum=momentum, weight_decay=1e-3, fused=True)
 
         def plain(x, labels):
             loss = F.cross_entropy(net.fc(net.features(x)), labels)

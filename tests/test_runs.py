@@ -18,7 +18,7 @@ from conftest import ROOT, SCRIPTS
 
 TINY = ("--epochs", "2", "--imb-factor", "100")
 MODES = {"ewb_fdr": [("--variant", v) for v in ("ce", "cb", "wd", "wb", "etf", "fr-etf")] + [("--variant", "wb", "--cb-loss", "ce")],
-         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "theta")],
+         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "theta", "--momentum", "0")],
          "lort": [(), ("--bn", "eval")],
          "lwr": [("--base", b) for b in ("bs", "ce-drw", "focal", "la")] + [("--project", "no", "--schedule", "const")],
          "rbl": [("--head", h) for h in ("rbl", "fixed", "linear")] + [("--augment", "strong", "--deterministic")]}
