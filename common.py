@@ -332,7 +332,7 @@ class Run:
         """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), one of them the headline."""
         if not all(v.isfinite().all() for v in logits.values()):
             fail("the test logits are not finite: try a lower --lr, or --precision fp32, with --overwrite")
-        args, seconds = self.args, sum(h["seconds"] for h in self.history)
+        args, test, seconds = self.args, self.data.test, sum(h["seconds"] for h in self.history)
         result = {
             "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
             "seed": args.seed, **rows[headline], "rows": rows, "metrics": metrics,
@@ -343,7 +343,6 @@ class Run:
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
             "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-        test = self.data.test
         logits = {"labels": test.labels, "counts": torch.tensor(self.data.counts), **logits}
         save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags, "classes": self.data.classes,
                                           "mean": test.mean.cpu(), "std": test.std.cpu()})
@@ -582,8 +581,7 @@ def captured(step, net, optimizer):
     """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, step itself.
 
     The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class weights) must
-    be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights, buffers
-    and momentum as they were.
+    be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights, buffers and momentum as they were.
     """
     if not next(net.parameters()).is_cuda:
         return step

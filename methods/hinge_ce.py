@@ -159,8 +159,9 @@ def main(argv=None):
     acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, flipped))
     _, feat = common.predict(net, data.train)
     cosine = F.cosine_similarity(feat, net.fc.weight[data.train.labels])               # of u and w_y  (N,)
-    coned = tau_plus[data.train.labels] > 0
-    metrics = {"inside_the_cones": (cosine >= tau_plus[data.train.labels].cos())[coned].float().mean().item()}
+    cone = tau_plus[data.train.labels]                                                 # (N,)
+    inside = (cosine >= cone.cos())[cone > 0].float().mean().item()                    # NaN where no class has a cone
+    metrics = {"inside_the_cones": inside}
     if data.val:  # what the angles may be chosen by
         metrics["val"] = common.report(common.predict(net, data.val)[0], data.val.labels, data.counts)
     rows = [common.row(args.variant, PAPER, args, acc, acc_flip, run.best_test)]
