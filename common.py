@@ -45,7 +45,7 @@ def guard(main):
     except (RuntimeError, MemoryError) as error:  # torch has several kinds
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
-        fail("out of memory: lower --batch-size, with --overwrite")
+        fail("out of memory: run again with a smaller --batch-size and --overwrite")
     except OSError as error:
         fail(f"{error}: what was saved is intact; the same command, without --overwrite, goes on from there")
 
@@ -104,7 +104,7 @@ def base_parser(doc):
 def parse(parser, argv, recipe, changes, only={}):
     """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
     only: {flag: (another, its values with which the flag has an effect)}; a flag without effect is refused.
-    args.published: the recipe is as it was; only then row() puts the paper's number beside ours."""
+    args.published: every flag of the recipe has the paper's value; only then row() puts the paper's number beside ours."""
     recipe = {"subset_seed": 0, "val_per_class": 0} | recipe
     parser.set_defaults(**recipe)
     dataset = parser.parse_args(argv).dataset
@@ -188,6 +188,12 @@ def lock(folder, wait=0):
     return handle
 
 
+def schedule_text(lrs):
+    """The learning rate of about every tenth epoch and of the last, in words."""
+    shown = [*range(0, len(lrs) - 1, math.ceil(len(lrs) / 10)), len(lrs) - 1]
+    return f"{len(lrs)} epochs, lr of epoch " + ", ".join(f"{e + 1}: {lrs[e]:.3g}" for e in shown)
+
+
 class Run:
     """One run: its folder, device and random numbers, the protocol it prints, its checkpoints, its result."""
 
@@ -251,20 +257,18 @@ class Run:
         gpu = self.device.type == "cuda"
         self.machine = torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
         shots = ", ".join(f"{group.sum()} {name}" for name, group in shot_groups(data.counts).items())
-        self.card = {
+        self.protocol = {
             "subset": "{rule}; {total:,} images, sha256 {sha256}".format(**data.subset),
             "training": f"{sum(data.counts):,} images, {max(data.counts)} to {min(data.counts)} per class; classes: {shots}",
             "held out": f"{len(data.val.labels if data.val else []):,} for validation, {len(data.test.labels):,} for the test",
             "network": f"{self.args.backbone}, {self.params:,} parameters, "
                        f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} of them trained",
             "batches": f"{self.args.batch_size} images, {augmentation}",
-            "schedule": "; then ".join(f"{len(lrs)} epochs, lr of epoch " + ", ".join(
-                f"{e + 1}: {lrs[e]:.3g}" for e in sorted({*range(0, len(lrs), -(-len(lrs) // 10)), len(lrs) - 1}))
-                for lrs in stages if lrs),
+            "schedule": "; then ".join(schedule_text(lrs) for lrs in stages if lrs),
             "arithmetic": f"{self.precision} on {self.machine}, seed {self.args.seed}",
             "reported": "last epoch, one view; 'flip' is the mean of the logits of an image and its mirror image"}
         print(f"{self.method}, {self.variant}, {self.args.dataset} -> {self.folder}")
-        print(*(f"  {key + ':':12}{text}" for key, text in self.card.items()), sep="\n", flush=True)
+        print(*(f"  {key + ':':12}{text}" for key, text in self.protocol.items()), sep="\n", flush=True)
 
     def autocast(self):
         """For the forward pass: bf16 where --precision says so. Losses are computed outside of it, in fp32."""
@@ -272,7 +276,7 @@ class Run:
 
     def epochs(self, stage, total, net, optimizer):
         """Yield the epochs of `stage` still to do, from where an earlier process left it; each ends with log(). Saves when
-        SAVE_EVERY seconds have passed (more if saving would cost over 1 %), and after the last epoch."""
+        SAVE_EVERY seconds have passed (less often if saving would take over 1 % of the time), and after the last epoch."""
         path, start, self.best_test = self.folder / f"{stage}.ckpt", 0, None
         self.stage, self.total, self.optimizer = stage, total, optimizer
         if path.exists():
@@ -337,7 +341,7 @@ class Run:
             "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
             "seed": args.seed, **rows[headline], "rows": rows, "metrics": metrics,
             "subset": self.data.subset, "backbone": args.backbone, "params": self.params, "flags": self.flags,
-            "protocol": self.card, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
+            "protocol": self.protocol, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
             "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
             "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None,
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
@@ -381,7 +385,7 @@ class Data(NamedTuple):
     val: Split | None
     test: Split
     counts: list          # training images per class
-    subset: dict          # rule, total and sha256 of the subset before validation images are held out of it; sha256 of all
+    subset: dict          # rule, total and sha256 of the subset before validation images are held out; content: of all pixels
     classes: list | None  # the names of your own classes in the order of their numbers
 
 
@@ -492,7 +496,7 @@ def own_data(folder, root, size):
 
 
 def load_data(args, device):
-    """The long-tailed training set, the validation set if any, the whole test set, and what to say about them."""
+    """Data: the long-tailed training set, the validation set if there is one, the whole test set."""
     val, classes, held_out, folder = None, None, args.val_per_class, Path(args.dataset)
     if args.dataset == "synthetic":
         (images, labels), test = synthetic()
@@ -512,20 +516,21 @@ def load_data(args, device):
     for c, (n, there) in enumerate(zip(counts, available)):
         if n > there:
             fail(f"class {c} has {there} images, --imb-factor {args.imb_factor:g} needs {n}: try --imb-factor natural")
-    per_class = np.split(long_tail_indices(labels, available, args.subset_seed), np.cumsum(available)[:-1])
-    subset = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
+    # each class shuffled: its first n are the standard subset, the next ones the validation images
+    shuffled = np.split(long_tail_indices(labels, available, args.subset_seed), np.cumsum(available)[:-1])
+    subset = np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
     sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
     if args.subset_seed == 0 and sha256 != standard:
         fail(f"the subset's sha256 is {sha256}, the standard one's {standard}: these are not the field's images")
     if held_out:  # of each class the next images; where none are left (the head), the class gives up some
-        counts = [min(n, len(index) - held_out) for n, index in zip(counts, per_class)]
-        rest = np.concatenate([index[max(n, 0):][:held_out] for n, index in zip(counts, per_class)])
+        counts = [min(n, len(index) - held_out) for n, index in zip(counts, shuffled)]
+        rest = np.concatenate([index[max(n, 0):][:held_out] for n, index in zip(counts, shuffled)])
         val = images[rest], labels[rest]
         rule += f", of which {len(subset) - sum(counts)} serve as validation images"
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
-    train = np.concatenate([index[:n] for n, index in zip(counts, per_class)])
+    train = np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
     images, labels = images[train], labels[train]  # one copy: your own images may be many gigabytes
     mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD])
     if args.dataset not in FINGERPRINTS:  # image by image, for the same reason
@@ -621,11 +626,11 @@ def captured(step, net, optimizer):
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut without weights (option A: every second pixel, zeros for the new channels)."""
 
-    def __init__(self, inside, outside, stride):
+    def __init__(self, channels_in, channels, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
-        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
-        self.stride, self.pad = stride, (0, 0, 0, 0, (outside - inside) // 2, (outside - inside) // 2)
+        self.conv1, self.bn1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        self.stride, self.pad = stride, (0, 0, 0, 0, (channels - channels_in) // 2, (channels - channels_in) // 2)
 
     def forward(self, x):
         shortcut = x if self.stride == 1 else F.pad(x[:, :, ::2, ::2], self.pad)
@@ -679,26 +684,19 @@ def simplex_etf(num_classes, dim, generator):
 # ---------------------------------------------------------------------------------------------------- 5 evaluation
 
 
-def mirror(split):
-    """The split with every image mirrored."""
-    return split._replace(images=split.images.flip(2))
-
-
 @torch.no_grad()
-def predict(net, split):
-    """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32."""
+def predict(net, split, flip=False):
+    """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32;
+    with flip, the means of those of an image and of its mirror image."""
+    if flip:
+        views = split, split._replace(images=split.images.flip(2))
+        return tuple((a + b) / 2 for a, b in zip(*(predict(net, view) for view in views)))
     training = net.training
     net.eval()
     feat = torch.cat([net.features(normalise(images, split)) for images in split.images.split(1000)])
     logits = net.fc(feat)
     net.train(training)
     return logits, feat
-
-
-def both_views(net, split):
-    """Logits (N, C) of the plain images, and their mean with those of the mirror images, each view passed once."""
-    logits, _ = predict(net, split)
-    return logits, (logits + predict(net, mirror(split))[0]) / 2
 
 
 def shot_groups(counts):
@@ -713,6 +711,11 @@ def report(logits, labels, counts):
     hits, labels = (logits.argmax(1) == labels).double().cpu(), labels.cpu()
     recall = 100 * torch.bincount(labels, hits, len(counts)) / torch.bincount(labels, minlength=len(counts))
     return {name: recall[group].mean().item() if group.any() else None for name, group in shot_groups(counts).items()}
+
+
+def val_scores(net, data, adjustment=0.0):
+    """{"val": report()} of the validation images, by which flags may be chosen; {} without any. adjustment: off the logits."""
+    return {"val": report(predict(net, data.val)[0] - adjustment, data.val.labels, data.counts)} if data.val else {}
 
 
 def fisher_ratio(feat, labels):
@@ -743,8 +746,8 @@ def row(name, paper, args, acc, acc_flip=None, best_test=None):
 
 
 def table(results):
-    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of runs that differ in nothing else, the
-    later of equal runs. A line whose acc is null announces a run that is still to be made."""
+    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of runs that differ in nothing else; of two
+    runs with the same seed the later counts. A line whose acc is null announces a run that is still to be made."""
     groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
     for result in results:
         flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every")}

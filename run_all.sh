@@ -16,9 +16,11 @@ cd "$(dirname "$0")" || exit 2
 usage() { echo "error: $1" >&2; exit 2; }
 (($# <= 1)) || set -- "$*"  # refused below
 dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=() lort=()
+largest=500  # images of the largest class
 case "$dataset" in
-    synthetic) seeds=0 jobs=$(($(nproc) < 4 ? $(nproc) : 4)) ;;
-    cifar10 | cifar100) protocol=(--eval-every 5) ;;
+    synthetic) seeds=0 jobs=$(($(nproc) < 4 ? $(nproc) : 4)) largest=250 ;;
+    cifar10) protocol=(--eval-every 5) largest=5000 ;;
+    cifar100) protocol=(--eval-every 5) ;;
     one-protocol)
         dataset=cifar100 rbl=(--augment crop) lort=(--init he)
         protocol=(--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20) ;;
@@ -32,7 +34,7 @@ out=${OUT:-runs}/${1:-synthetic}
 trap 'trap - INT TERM; kill 0' INT TERM  # and none of the runs goes on alone
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || usage "JOBS=$jobs: a number of runs, 1 or more"
 [[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"
-[[ "${factors[*]}" =~ ^([1-9][0-9]*|natural)(\ ([1-9][0-9]*|natural))*$ ]] || usage "IMB=${factors[*]}: whole numbers, or natural"
+[[ "${factors[*]}" =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || usage "IMB=${factors[*]}: whole numbers"
 methods=${METHODS:-$(cd methods && echo *.py)}
 for name in ${methods//.py/}; do [ -f "methods/$name.py" ] || usage "METHODS=$methods: there is no methods/$name.py"; done
 mkdir -p "$out/logs" 2> /dev/null || usage "OUT=${OUT:-runs}: cannot write there"
@@ -58,9 +60,7 @@ run() {  # one script with its flags, unless results.jsonl holds a run by the sa
 
 weight_balancing() {  # wb's stage 1 is the wd run: the same recipe, so the same weights
     run ewb_fdr.py --variant wd
-    local label="if$factor"
-    [ "$factor" = natural ] && label=natural
-    local stage1="$out/ewb_fdr-wd-$dataset-$label-seed$seed/weights.pt"
+    local stage1="$out/ewb_fdr-wd-$dataset-if$factor-seed$seed/weights.pt"
     run ewb_fdr.py --variant wb --stage1 "$stage1"
     run ewb_fdr.py --variant wb --stage1 "$stage1" --cb-loss ce
 }
@@ -81,7 +81,7 @@ for seed in "${seeds[@]}"; do
             queue run lwr.py --base $base
         done
         for variant in ce ce-etf; do queue run hinge_ce.py --variant $variant; done
-        [[ $dataset-$factor == cifar10-?? ]] || queue run hinge_ce.py --variant hinge  # there no class is small enough
+        ((largest / factor > 50)) || queue run hinge_ce.py --variant hinge  # else no class is small enough for a cone
     done
 done
 wait

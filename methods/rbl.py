@@ -15,6 +15,10 @@ directions of the classes can follow the data while no class loses its share of 
 To reproduce: Table 1 (best epoch on the test set), CIFAR-100-LT, IF 100, ResNet-32: RBL 53.1, Fixed 52.3; CIFAR-10-LT:
 84.7, 84.0. The authors' logs of RBL have 52.78 and 83.48 at the last epoch.
 
+g has a linear layer of its own, which can absorb R: rbl and fixed can express the same functions, and what R gains is
+a matter of optimisation. Weight decay acts on X too, and so pulls R back to B, as in the authors' code.
+
+Code read: qqgroup66666/rbl.
 Departures
 - Subset of 10,847 images (int, the field's) where the authors' code takes 10,945 (ceil); CIFAR's mean and deviation
   where theirs takes ImageNet's; last epoch where the paper reports the best on the test set.
@@ -69,11 +73,11 @@ def etf_frame(dim, num_classes):
 
 
 class RotatedHead(nn.Module):
-    """h (B, D) -> z = g(h) R E (B, C), g linear to `dim` dimensions. learn=False freezes R = B."""
+    """h (B, D) -> z = g(h) R E (B, C), g linear from `features` to `dim` dimensions. learn=False freezes R = B."""
 
-    def __init__(self, inside, dim, num_classes, generator, learn=True):
+    def __init__(self, features, dim, num_classes, generator, learn=True):
         super().__init__()
-        self.g = nn.Linear(inside, dim)
+        self.g = nn.Linear(features, dim)
         q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
         base = q * r.diagonal().sign()                         # uniform over the orthogonal matrices ...
         base[:, 0] *= torch.linalg.det(base).sign()            # ... of determinant 1
@@ -193,9 +197,9 @@ def main(argv=None):
         common.fail(f"--dim {args.dim}: a frame of {num_classes} classes needs as many dimensions")
 
     net = common.BACKBONES[args.backbone](num_classes)
-    inside, generator = net.fc.in_features, torch.Generator().manual_seed(args.seed)
-    net.fc = (nn.Sequential(nn.Linear(inside, args.dim), nn.Linear(args.dim, num_classes)) if args.head == "linear" else
-              RotatedHead(inside, args.dim, num_classes, generator, learn=args.head == "rbl"))
+    features, generator = net.fc.in_features, torch.Generator().manual_seed(args.seed)
+    net.fc = (nn.Sequential(nn.Linear(features, args.dim), nn.Linear(args.dim, num_classes)) if args.head == "linear" else
+              RotatedHead(features, args.dim, num_classes, generator, learn=args.head == "rbl"))
     net.to(run.device, memory_format=torch.channels_last)
     log_prior = (torch.tensor(data.counts, device=run.device) / sum(data.counts)).log()    # (C,)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
@@ -224,16 +228,16 @@ def main(argv=None):
         if run.test_now():
             run.tested(common.predict(net, data.test)[0] - args.tau * log_prior)
 
-    rows, (logits, flipped) = [], common.both_views(net, data.test)
+    logits, _ = common.predict(net, data.test)
+    flipped, _ = common.predict(net, data.test, flip=True)
+    rows = []
     for name, tau, best in ((f"{args.head}, no adjustment", 0.0, None), (args.head, args.tau, run.best_test)):
         acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, flipped))
         rows.append(common.row(name, PAPER, args, acc, acc_flip, best))
     metrics = {}
     if args.head != "linear":
         metrics = {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
-    if data.val:  # what tau may be chosen by
-        metrics["val"] = common.report(common.predict(net, data.val)[0] - args.tau * log_prior, data.val.labels, data.counts)
-    run.finish(net, {"logits": logits}, rows, **metrics)
+    run.finish(net, {"logits": logits}, rows, **metrics, **common.val_scores(net, data, args.tau * log_prior))
 
 
 if __name__ == "__main__":

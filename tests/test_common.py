@@ -276,7 +276,7 @@ def test_predict_is_plain_in_eval_mode_and_averages_the_mirror_image():
     with torch.no_grad():
         assert (net.features(x) - feat).abs().max() < 1e-5
         both = (net.fc(net.features(x)) + net.fc(net.features(x.flip(3)))) / 2
-    assert (common.both_views(net, data.test)[1] - both).abs().max() < 1e-4
+    assert (common.predict(net, data.test, flip=True)[0] - both).abs().max() < 1e-4
 
 
 # ---- the table

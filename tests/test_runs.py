@@ -94,12 +94,17 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
     if script == "ewb_fdr":
         strengths = [[row["strength"] for row in outcome[change][0]["rows"]] for change in ("nothing", "test")]
         assert strengths[0] == strengths[1]
+    else:  # by which flags may be chosen
+        val = [outcome[change][0]["metrics"]["val"] for change in ("nothing", "test", "val")]
+        assert val[0] == val[1] != val[2] and 0 < val[0]["all"] < 100 and val[0]["few"] is not None
 
 
-def test_lwr_reports_the_accuracy_on_held_out_images(call, tmp_path):
-    assert call("lwr", *TINY, "--val-per-class", "10") == 0
-    metrics = lines(tmp_path / "runs")[0]["metrics"]
-    assert 0 < metrics["val"]["all"] < 100 and metrics["val"]["few"] is not None
+def test_the_network_of_la_is_scored_without_the_adjustment_too(call, tmp_path):
+    assert call("lwr", *TINY, "--base", "la", "--strength", "0") == 0
+    result, = lines(tmp_path / "runs")
+    saved = common.load(next(tmp_path.glob("runs/*/test_logits.pt")))
+    plain = common.report(saved["logits"], saved["labels"], saved["counts"].tolist())
+    assert [row["row"] for row in result["rows"]] == ["ce", "la"] and result["rows"][0]["acc"] == plain != result["acc"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -142,6 +147,8 @@ def test_stage_one_of_other_data_is_refused(call, tmp_path, capsys):
     capsys.readouterr()
     assert call("lort", "--imb-factor", "100", "--stage1", stage1) == 2
     assert "--imb-factor 10" in capsys.readouterr().err
+    assert call("lort", "--imb-factor", "10", "--val-per-class", "10", "--stage1", stage1, out=tmp_path / "val") == 2  # it saw these
+    assert "--val-per-class 10" in capsys.readouterr().err
 
 
 def test_stage_one_is_shared_where_the_recipe_is_equal(call, tmp_path, capsys):
@@ -152,6 +159,9 @@ def test_stage_one_is_shared_where_the_recipe_is_equal(call, tmp_path, capsys):
     trained = lines(tmp_path / "runs")[1]
     # stage 2 shuffles on from stage 1's random numbers when one process does both, and afresh otherwise
     assert trained["row"] == lines(shared)[0]["row"] == "wb"
+    convolutions = [{k: v for k, v in common.load(next(out.glob("ewb_fdr-wb-*/weights.pt")))["net"].items() if "conv" in k}
+                    for out in (tmp_path / "runs", shared)]
+    assert same(*convolutions) and convolutions[0]
     capsys.readouterr()
     assert call("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", stage1, out=tmp_path / "other") == 2
     assert "--epochs" in capsys.readouterr().err
@@ -188,15 +198,19 @@ def test_a_run_whose_weights_are_gone_is_run_again(call, tmp_path):
     assert call("hinge_ce", *TINY) == 0 and len(lines(tmp_path / "runs")) == 1 and weights(tmp_path / "runs")
 
 
-def test_a_folder_that_was_deleted_is_not_recorded(call, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_was_deleted_is_not_recorded(call, tmp_path, monkeypatch, capsys, again):
     real = common.Run.log
 
     def log(run, losses):
         shutil.rmtree(run.folder)
-        run.folder.mkdir()  # as another run would
+        if again:
+            run.folder.mkdir()  # as another run would
         real(run, losses)
     monkeypatch.setattr(common.Run, "log", log)
-    assert call("hinge_ce", *TINY) == 2 and "moved or deleted" in capsys.readouterr().err and not lines(tmp_path / "runs")
+    assert call("hinge_ce", *TINY) == 2 and not lines(tmp_path / "runs")
+    message, = capsys.readouterr().err.strip().splitlines()
+    assert "moved or deleted" in message
 
 
 def test_results_may_be_a_link(call, tmp_path):
@@ -360,17 +374,6 @@ common.guard(lambda: run._record([{{"rows": [], "folder": "mine", "b": "x" * 100
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
-def test_a_folder_that_vanishes_ends_with_one_line(call, tmp_path, monkeypatch, capsys):
-    real = common.Run.log
-
-    def log(run, losses):
-        real(run, losses)
-        __import__("shutil").rmtree(run.folder)
-    monkeypatch.setattr(common.Run, "log", log)
-    assert call("hinge_ce", *TINY) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
 def test_ctrl_c_is_one_line(tmp_path):
     process = start("--epochs", "1000", out=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
@@ -464,6 +467,7 @@ def test_run_all_skips_what_is_recorded_and_goes_on_after_a_failure(fake, tmp_pa
     trace.unlink()
     done = run_all("one-protocol", **environment | {"SEEDS": "0", "IMB": "100"})
     runs = trace.read_text().splitlines()
+    assert run_all("cifar10", **environment | {"SEEDS": "0"}).stdout.count("finished:") == 22 + 21  # no cones at IF 50
     assert done.returncode == 0 and len(runs) == 22 and sum("--augment crop" in run for run in runs) == 3
     assert all("--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100" in run for run in runs)
 
