@@ -45,7 +45,7 @@ def guard(main):
     except (RuntimeError, MemoryError) as error:  # torch has several kinds
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
-        fail("out of memory: run again with a smaller --batch-size and --overwrite")
+        fail("out of memory: run again with --overwrite and a smaller --batch-size (or --dim, --width, --image-size)")
     except OSError as error:
         fail(f"{error}: what was saved is intact; the same command, without --overwrite, goes on from there")
 
@@ -62,10 +62,11 @@ def number(kind, ok, wanted):
 
 SAVE_EVERY = 30.0  # seconds
 AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-100-LT at IF 100
-ONE_OR_MORE = number(int, lambda n: 1 <= n < 2**31, "1 or more, and below 2^31")
+ONE_OR_MORE = number(int, lambda n: 1 <= n <= 10**6, "from 1 to a million")
 ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32")
 POSITIVE = number(float, lambda v: 1e-30 < v < 1e30, "above 0 and below 1e30")
 NOT_NEGATIVE = number(float, lambda v: 0 <= v < 1e30, "0 or more, and below 1e30")
+FILE = number(str, bool, "a file")
 FACTOR = number(lambda text: text if text == "natural" else float(text), lambda v: v == "natural" or 1 <= v < math.inf,
                 "1 or more, or 'natural'")
 
@@ -77,7 +78,7 @@ def base_parser(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument_group("common flags").add_argument
-    add("--dataset", type=lambda name: name.rstrip("/") or name, default="cifar100",
+    add("--dataset", type=os.path.normpath, default="cifar100",
         help="cifar10, cifar100, synthetic, or a folder with your own images")
     add("--data-root", help="folder of the CIFAR files (data), or of the images that your own lists name (the lists')")
     add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
@@ -114,8 +115,9 @@ def parse(parser, argv, recipe, changes, only={}):
     for flag, (key, *values) in only.items():
         if getattr(args, flag) != parser.get_default(flag) and getattr(args, key) not in values:
             fail(f"--{flag.replace('_', '-')} has no effect with --{key} {getattr(args, key)}")
-    if dataset in DATASETS and args.image_size:
-        fail(f"--image-size has no effect on {dataset}, only on your own images")
+    for flag, without in (("image_size", DATASETS), ("data_root", ("synthetic",))):
+        if getattr(args, flag) and dataset in without:
+            fail(f"--{flag.replace('_', '-')} has no effect on {dataset}")
     args.published, args.argv = all(vars(args)[key] == recipe[key] for key in recipe), sys.argv[1:] if argv is None else argv
     return args
 
@@ -142,8 +144,6 @@ def load(path):
     try:
         if zipfile.ZipFile(path).testzip() is None:
             return dict(torch.load(path, "cpu", weights_only=True))
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
     except Exception:  # zipfile and torch.load raise many kinds; to the user they are one
         pass
     fail(f"{path} is damaged, or no checkpoint: delete it, or name another")
@@ -156,9 +156,9 @@ def same_flags(path, flags, needed, remedy=""):
             fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}{remedy}")
 
 
-def load_net(net, path, needed):
+def load_net(net, path, needed, data):
     """Load a run's weights.pt, or a bare state_dict, into net. Returns the flags it was trained with, {} if it does not
-    tell them; those in `needed` must be as there."""
+    tell them; those in `needed` must be as there, and the images must be those of `data`."""
     state = load(path)
     try:
         net.load_state_dict(state.get("net", state))
@@ -166,6 +166,8 @@ def load_net(net, path, needed):
         fail(f"{path} does not hold the weights of this network ({type(net).__name__}, {net.fc.out_features} classes)")
     flags = state["flags"] if isinstance(state.get("flags"), dict) else {}
     same_flags(path, flags, needed if flags else {})
+    if flags and state.get("content", data.subset["content"]) != data.subset["content"]:
+        fail(f"{path} was trained on other images: the data have changed")
     return flags
 
 
@@ -177,7 +179,7 @@ def load_results(path):
             results += [json.loads(line)] if line.strip() else []
             table(results[-1:])  # raises if a field is missing
         return results
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         fail(f"line {k + 1} of {path} is no result: mend or delete it ({type(error).__name__}: {error})")
 
 
@@ -198,13 +200,18 @@ class Run:
     """One run: its folder, device and random numbers, the protocol it prints, its checkpoints, its result."""
 
     def __init__(self, args, method, variant):
-        if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
+        if args.dataset not in DATASETS and not os.path.isdir(args.dataset):
             fail(f"--dataset {args.dataset}: not one of {', '.join(DATASETS)}, and no such folder")
         self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], None
         self.device, self.precision = self._machine()
         self.flags = vars(args) | {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
         for key in ["out", "overwrite", "argv", "published"] + ["data_root"] * (args.dataset in DATASETS):
             del self.flags[key]  # these do not change the result
+        if stage1 := self.flags.get("stage1"):  # the same name may hold another network when the run goes on
+            try:
+                self.flags["stage1_sha256"] = hashlib.sha256(Path(stage1).read_bytes()).hexdigest()[:16]
+            except (OSError, ValueError) as error:
+                fail(f"--stage1 {stage1}: {error}")
         imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
         self.folder, self.results = Path(args.out, name), Path(args.out, "results.jsonl")
@@ -217,10 +224,17 @@ class Run:
         except OSError as error:
             fail(f"--out {args.out}: cannot write there ({error.strerror})")
         finished = [result for result in load_results(self.results) if result.get("folder") == name]
-        if finished and (self.folder / "weights.pt").exists() and not args.overwrite:
+        weights = self.folder / "weights.pt"
+        if args.overwrite:
+            if stage1 and Path(stage1).resolve().parent == self.folder.resolve():
+                fail(f"--overwrite would delete {stage1}: move it, or choose another --out")
+        elif finished:
             self._refuse_other(self.results, finished[-1].get("flags"))
-            print(f"{self.folder} is finished; --overwrite runs it again\n{table(finished[-1:])}")
-            raise SystemExit(0)
+            if weights.exists():
+                print(f"{self.folder} is finished; --overwrite runs it again\n{table(finished[-1:])}")
+                raise SystemExit(0)
+        elif weights.exists():
+            self._refuse_other(weights, load(weights).get("flags"))
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
 
@@ -293,24 +307,24 @@ class Run:
                 fail(f"{path} does not fit this version of the script: --overwrite starts the run again")
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].to(self.device)
-        saved, pause = time.time(), SAVE_EVERY
+        saved, pause = time.monotonic(), SAVE_EVERY
         with tqdm(total=total, initial=start, desc=stage, unit="epoch", disable=not sys.stderr.isatty()) as self.bar:
             for self.epoch in range(start, total):
-                self.began = time.time()
+                self.began = time.monotonic()
                 yield self.epoch
                 self.bar.update()
-                if self.epoch + 1 == total or time.time() - saved > pause:
-                    saved = time.time()
+                if self.epoch + 1 == total or time.monotonic() - saved > pause:
+                    saved = time.monotonic()
                     save(path, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "flags": self.flags,
                                 "subset": self.data.subset, "generator": self.generator.get_state(), "epoch": self.epoch + 1,
                                 "history": self.history, "best_test": self.best_test})
                     save(self.folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in self.history).encode())
-                    saved, pause = time.time(), max(SAVE_EVERY, 100 * (time.time() - saved))
+                    saved, pause = time.monotonic(), max(SAVE_EVERY, 100 * (time.monotonic() - saved))
 
     def log(self, losses, **extra):
         """Close an epoch. losses: the 0-d losses of its steps; one that is no number ends the run."""
         loss, lr = torch.stack(losses).mean().item(), self.optimizer.param_groups[0]["lr"].item()
-        seconds = time.time() - self.began
+        seconds = time.monotonic() - self.began
         if not self.folder.exists() or not os.path.samestat(os.stat(self.folder), os.fstat(self.lock)):
             fail(f"{self.folder} was moved or deleted while this run was at work")
         if not math.isfinite(loss):
@@ -346,10 +360,10 @@ class Run:
             "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None,
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
             "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
-        result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
+        result = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)  # JSON has no NaN
         logits = {"labels": test.labels, "counts": torch.tensor(self.data.counts), **logits}
         save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags, "classes": self.data.classes,
-                                          "mean": test.mean.cpu(), "std": test.std.cpu()})
+                                          "content": self.data.subset["content"], "mean": test.mean.cpu(), "std": test.std.cpu()})
         save(self.folder / "test_logits.pt", {k: v.cpu() for k, v in logits.items()})
         self._record([result])
         for path in self.folder.glob("*.ckpt"):
@@ -358,7 +372,7 @@ class Run:
 
     def _record(self, results):
         """Put these lines into results.jsonl in place of this run's, whoever else is writing."""
-        handle = lock(self.results.parent)
+        handle = lock(self.results.resolve().parent)
         others = [result for result in load_results(self.results) if result.get("folder") != self.folder.name]
         save(self.results, "".join(json.dumps(result) + "\n" for result in others + results).encode())
         os.close(handle)
@@ -385,7 +399,7 @@ class Data(NamedTuple):
     val: Split | None
     test: Split
     counts: list          # training images per class
-    subset: dict          # rule, total and sha256 of the subset before validation images are held out; content: of all pixels
+    subset: dict          # rule, total and sha256 of the subset before validation images are held out; content: of all images
     classes: list | None  # the names of your own classes in the order of their numbers
 
 
@@ -452,6 +466,8 @@ def own_data(folder, root, size):
         lists = list(folder.glob(f"*{part}.txt"))
         try:
             if (folder / part).is_dir():
+                if lists:
+                    raise ValueError(f"there are {part}/ and {lists[0].name}")
                 found = ImageFolder(folder / part)
                 files[part] = [(path, found.classes[k]) for path, k in found.samples]
             elif part != "val" or lists:
@@ -492,6 +508,9 @@ def own_data(folder, root, size):
             if image.shape != (side, side, 3) or side < 16:
                 fail(f"{path}: images must be squares of one size, 16 pixels or more: give --image-size")
         images[part] = np.stack(pixels), np.array([number_of[label] for _, label in files[part]])
+    paths = Counter(os.path.realpath(path) for part in files for path, _ in files[part])
+    if twice := [path for path, n in paths.items() if n > 1]:
+        fail(f"{folder}: {twice[0]} is there more than once, train, test and val taken together")
     return images["train"], images["test"], images["val"], classes
 
 
@@ -506,6 +525,9 @@ def load_data(args, device):
         (images, labels), test, val, classes = own_data(folder, Path(args.data_root or folder), args.image_size)
     if val and held_out:
         fail(f"--val-per-class {held_out}: {folder} has validation images of its own")
+    content = hashlib.sha256()
+    for array in (images, labels, *(val or []), *test):
+        content.update(np.ascontiguousarray(array))
     available = np.bincount(labels).tolist()
     if len(available) < 2:
         fail(f"--dataset {args.dataset} has a single class")
@@ -536,14 +558,11 @@ def load_data(args, device):
     if args.dataset not in FINGERPRINTS:  # image by image, for the same reason
         moments = [(image.mean((0, 1)), np.square(image, dtype=float).mean((0, 1))) for image in images]
         mean, square = np.mean(moments, 0)
-        std = np.sqrt(square - mean**2)
+        std = np.sqrt(np.maximum(square - mean**2, 1))  # a channel may be constant
 
     def split(images, labels):
         return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),
                      *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (mean, std)))
-    content = hashlib.sha256()
-    for array in (images, labels, *(val or []), *test):
-        content.update(np.ascontiguousarray(array))
     return Data(split(images, labels), val and split(*val), split(*test), counts,
                 {"rule": rule, "total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}, classes)
 
@@ -750,7 +769,8 @@ def table(results):
     runs with the same seed the later counts. A line whose acc is null announces a run that is still to be made."""
     groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
     for result in results:
-        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every")}
+        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every", "stage1_sha256")}
+        flags["content"] = result.get("subset", {}).get("content")
         flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
         for entry in result["rows"]:
             key = result["method"], entry["row"], result["dataset"], result["imb_factor"]
@@ -781,4 +801,4 @@ def table(results):
 if __name__ == "__main__":
     if not sys.argv[1:]:
         fail("usage: python common.py RESULTS.jsonl [MORE.jsonl ...]")
-    print(table([result for name in sys.argv[1:] for result in load_results(Path(name))]))
+    guard(lambda: print(table([result for name in sys.argv[1:] for result in load_results(Path(name))]), flush=True))

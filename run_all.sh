@@ -26,25 +26,29 @@ case "$dataset" in
         protocol=(--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20) ;;
     *) usage "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
 esac
-read -ra seeds <<< "${SEEDS:-$seeds}"
-read -ra factors <<< "${IMB:-100}"
-read -ra flags <<< "${FLAGS:-}"
+read -d '' -ra seeds <<< "${SEEDS:-$seeds}"
+read -d '' -ra factors <<< "${IMB:-100}"
+read -d '' -ra flags <<< "${FLAGS:-}"
+read -d '' -ra methods <<< "${METHODS-$(cd methods && echo *.py)}"
 jobs=${JOBS:-$jobs}
 out=${OUT:-runs}/${1:-synthetic}
 trap 'trap - INT TERM; kill 0' INT TERM  # and none of the runs goes on alone
-[[ $jobs =~ ^[1-9][0-9]*$ ]] || usage "JOBS=$jobs: a number of runs, 1 or more"
+[[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || usage "JOBS=$jobs: a number of runs, from 1 to 999"
 [[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"
 [[ "${factors[*]}" =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || usage "IMB=${factors[*]}: whole numbers"
-methods=${METHODS:-$(cd methods && echo *.py)}
-for name in ${methods//.py/}; do [ -f "methods/$name.py" ] || usage "METHODS=$methods: there is no methods/$name.py"; done
+[[ " ${flags[*]}" =~ \ --(seed|imb-factor|dataset|out|help)(=|\ |$) ]] && usage "FLAGS=${flags[*]}: SEEDS, IMB and OUT set these"
+((${#methods[@]})) || usage "METHODS names no script"
+for name in "${methods[@]%.py}"; do
+    [[ $name != */* && -f methods/$name.py ]] || usage "METHODS=${methods[*]}: there is no methods/$name.py"
+done
 mkdir -p "$out/logs" 2> /dev/null || usage "OUT=${OUT:-runs}: cannot write there"
 : > "$out/logs/failed"
 if ((jobs > 1)); then export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs)); fi
 
 run() {  # one script with its flags, unless results.jsonl holds a run by the same command
-    [[ " ${methods//.py/} " == *" ${1%.py} "* ]] || return
+    [[ " ${methods[*]%.py} " == *" ${1%.py} "* ]] || return
     local command=(methods/"$@" "${protocol[@]}" --dataset "$dataset" --imb-factor "$factor" --seed "$seed" --out "$out" "${flags[@]}")
-    local log="$out/logs/$(tr -c 'a-z0-9.\n' '-' <<< "$* if$factor seed$seed").txt"
+    local log="$out/logs/$(tr -c 'a-z0-9.\n' '-' <<< "${*//$out\//} if$factor seed$seed").txt"
     if grep -qsF "\"command\": \"${command[*]}\"" "$out/results.jsonl"; then
         echo "recorded: ${command[*]}"
     else

@@ -127,7 +127,7 @@ def parse_args(argv):
     add("--zeta", type=common.NOT_NEGATIVE, help="feature regularisation of fr-etf")
     add("--beta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the class-balanced weights; 0: all 1")
     add("--cb-loss", choices=["bce", "ce"], help="form of the class-balanced loss; if not given: ce for cb, bce for wb")
-    add("--stage1", help="wb: weights.pt of a wd run with the same recipe, instead of training it again")
+    add("--stage1", type=common.FILE, help="wb: weights.pt of a wd run with the same recipe, instead of training it again")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of wb's stage 2")
     add("--lr2", type=common.POSITIVE, help="its peak learning rate")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="its weight decay")
@@ -159,7 +159,7 @@ def main(argv=None):
     net.to(run.device, memory_format=torch.channels_last)
     if args.stage1:
         same = "dataset imb_factor subset_seed val_per_class seed epochs batch_size lr weight_decay".split()
-        known = common.load_net(net, args.stage1, needed={"variant": "wd"} | {key: vars(args)[key] for key in same})
+        known = common.load_net(net, args.stage1, {"variant": "wd"} | {key: vars(args)[key] for key in same}, data)
         args.published &= bool(known)                                               # a bare state_dict tells no recipe
     weights = class_balanced_weights(data.counts, args.beta).to(run.device)         # (K,)
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]

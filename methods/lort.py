@@ -75,7 +75,7 @@ def parse_args(argv):
     parser = common.base_parser(__doc__)
     add = parser.add_argument_group("LORT").add_argument
     add("--delta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the targets; 0 is cross-entropy")
-    add("--stage1", help="weights to retrain instead of training stage 1: a run's weights.pt or stage1.pt, or a state_dict")
+    add("--stage1", type=common.FILE, help="weights to retrain instead of training stage 1: a run's weights.pt or stage1.pt, or a state_dict")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
@@ -97,7 +97,7 @@ def main(argv=None):
     lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
     lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)]
     same = {key: vars(args)[key] for key in ("dataset", "imb_factor", "subset_seed")}
-    stage1_flags = common.load_net(net, args.stage1, needed=same) if args.stage1 else run.flags
+    stage1_flags = common.load_net(net, args.stage1, same, data) if args.stage1 else run.flags
     if stage1_flags.get("val_per_class", 0) < args.val_per_class:
         common.fail(f"{args.stage1} may have been trained on the images that --val-per-class {args.val_per_class} holds out")
     run.begin(data, net, lrs, lrs2)
@@ -133,7 +133,7 @@ def main(argv=None):
             run.log(losses)
             if run.test_now():
                 run.tested(common.predict(net, data.test)[0])
-    common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": stage1_flags})
+    common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": stage1_flags, "content": data.subset["content"]})
     logits1, row1 = score("stage 1")
 
     # stage 2: the classifier alone, towards nearly uniform targets

@@ -51,11 +51,18 @@ def test_a_flag_without_effect(refused, script, flags):
     refused(script, *flags.split(), words=[f"{flag} has no effect with {key} {value}"])
 
 
+@pytest.mark.parametrize("flag, value", [("theta", "0.9"), ("project", "no"), ("schedule", "const"), ("form", "lse")])
+def test_a_flag_of_a_repulsion_that_is_off(refused, flag, value):
+    refused("lwr", "--strength", "0", f"--{flag}", value, words=[f"--{flag} has no effect with --strength 0"])
+
+
 def test_cones_without_a_class_to_put_them_on(refused):
     refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
     refused("hinge_ce", "--tau-plus", "0", words=["no class has a cone"])
     refused("hinge_ce", "--image-size", "32", words=["--image-size", "synthetic"])
+    refused("hinge_ce", "--data-root", "x", words=["--data-root", "synthetic"])
     refused("lort", "--stage1", "x", "--lr", "0.3", words=["--lr", "--stage1"])
+    refused("lort", "--stage1=", words=["--stage1", "a file"])  # a variable that is not set
 
 
 def test_an_etf_needs_as_many_dimensions_as_classes(refused, monkeypatch):
@@ -198,6 +205,13 @@ def test_own_folders_and_lists_give_the_same_data(own):
     assert held.counts == [5, 2, 1] and held.val.labels.tolist() == [0, 1, 2]
 
 
+def test_a_channel_may_be_constant(own):
+    for path in own.glob("*/*/*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) * np.array([1, 1, 0], np.uint8)).save(path)
+    data = load(own)
+    assert common.normalise(data.train.images, data.train).isfinite().all() and data.train.std.tolist()[2] == 1
+
+
 def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path):
     monkeypatch.undo()
     flags = ("--dataset", own, "--epochs", "1", "--backbone", "small", "--batch-size", "4")
@@ -267,6 +281,15 @@ def break_own(own, how):
         (own / "val").mkdir()
         (own / "test" / "c").rename(own / "val" / "c")
         return "is missing in"
+    if how == "folder and list":
+        (own / "my_train.txt").write_text("train/a/0.png 1")
+        return "train/ and my_train.txt"
+    if how == "loop":
+        (own / "train" / "a" / "again").symlink_to(own / "train" / "a")
+        return "more than once"
+    if how == "in train and test":
+        (own / "test" / "a" / "z.png").symlink_to(own / "train" / "a" / "0.png")
+        return "0.png is there more than once"
     if how == "one class":
         for name in "bc":
             for part in ("train", "test"):
@@ -275,12 +298,13 @@ def break_own(own, how):
 
 
 @pytest.mark.parametrize("how", ["no test", "unreadable", "cut", "other size", "empty class", "class only in test", "class not in test",
-                                 "val without a class", "one class", "16 bits", "tiny", "no squares", "other size in test", "nothing", "two val lists"])
+                                 "val without a class", "one class", "16 bits", "tiny", "no squares", "other size in test", "nothing", "two val lists",
+                                 "folder and list", "loop", "in train and test"])
 def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
 
 
-@pytest.mark.parametrize("content, words", [("a.png\n", "a.png"), ("none.png 8\n", "none.png"), ("", "no training images"), ("a b c.png\n", "c.png is missing in test"), ("\x00 8\n", "cannot be read")])
+@pytest.mark.parametrize("content, words", [("a.png\n", "a.png"), ("none.png 8\n", "none.png"), ("", "no training images"), ("a b c.png\n", "c.png is missing in test"), ("\x00 8\n", "cannot be read"), ("train/a/0.png 7\n", "more than once")])
 def test_broken_lists(refused, own, content, words):
     lists = as_lists(own)
     good = (lists / "My_LT_train.txt").read_text() if content else ""
