@@ -362,8 +362,9 @@ class Run:
             "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
         result = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)  # JSON has no NaN
         logits = {"labels": test.labels, "counts": torch.tensor(self.data.counts), **logits}
-        save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags, "classes": self.data.classes,
-                                          "content": self.data.subset["content"], "mean": test.mean.cpu(), "std": test.std.cpu()})
+        save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags, "mean": test.mean.cpu(),
+                                          "std": test.std.cpu(), "content": self.data.subset["content"],
+                                          "classes": self.data.classes})
         save(self.folder / "test_logits.pt", {k: v.cpu() for k, v in logits.items()})
         self._record([result])
         for path in self.folder.glob("*.ckpt"):

@@ -75,7 +75,8 @@ def parse_args(argv):
     parser = common.base_parser(__doc__)
     add = parser.add_argument_group("LORT").add_argument
     add("--delta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the targets; 0 is cross-entropy")
-    add("--stage1", type=common.FILE, help="weights to retrain instead of training stage 1: a run's weights.pt or stage1.pt, or a state_dict")
+    add("--stage1", type=common.FILE,
+        help="weights to retrain instead of training stage 1: a run's weights.pt or stage1.pt, or a state_dict")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
