@@ -11,7 +11,8 @@ import common
 from conftest import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
-RECORDED = [json.loads(line) for line in (ROOT / "tests" / "reference_results.jsonl").read_text().splitlines()]
+RECORDED = [json.loads(line) for name in ("reference_results.jsonl", "tried_results.jsonl")
+            for line in (ROOT / "tests" / name).read_text().splitlines()]
 
 
 def commands():
