@@ -121,7 +121,7 @@ def parse_args(argv):
     add("--tau", type=common.NOT_NEGATIVE, help="of la, after training")
     args = common.parse(parser, argv, RECIPE, CHANGES, only={"gamma": ("base", "focal"), "tau": ("base", "la")})
     for flag in ("theta", "project", "schedule", "form"):
-        if args.strength == 0 and getattr(args, flag) != RECIPE[flag]:
+        if args.strength == 0 and getattr(args, flag) != parser.get_default(flag):
             common.fail(f"--{flag} has no effect with --strength 0")
     args.published &= args.strength in (0, parser.get_default("strength"))
     return args

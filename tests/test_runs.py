@@ -399,6 +399,17 @@ common.guard(lambda: run._record([{{"rows": [], "folder": "mine", "b": "x" * 100
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
+def test_a_folder_that_vanishes_ends_with_one_line(call, tmp_path, monkeypatch, capsys):
+    real = common.Run.log
+
+    def log(run, losses):
+        real(run, losses)
+        shutil.rmtree(run.folder)  # after the check in log(): it is saving that fails
+    monkeypatch.setattr(common.Run, "log", log)
+    assert call("hinge_ce", *TINY) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_ctrl_c_is_one_line(tmp_path):
     process = start("--epochs", "1000", out=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
