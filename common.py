@@ -342,8 +342,10 @@ class Run:
         every = self.args.eval_every
         return every > 0 and ((self.epoch + 1) % every == 0 or self.epoch + 1 == self.total)
 
-    def tested(self, logits):
-        """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the test set."""
+    def tested(self, logits, **extra):
+        """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the test set; extra: for
+        the epoch's line in log.jsonl."""
+        self.history[-1] |= extra
         self.best_test = max(self.best_test or 0.0, report(logits, self.data.test.labels, self.data.counts)["all"])
 
     def finish(self, net, logits, rows, headline=-1, **metrics):

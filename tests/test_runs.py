@@ -132,6 +132,15 @@ def test_eval_every_reports_the_best_and_changes_nothing(call, tmp_path):
     assert a["best_test"] is None and last["best_test"] == last["acc"]["all"] and b["best_test"] >= b["acc"]["all"] and a["acc"] == b["acc"]
 
 
+def test_rbl_keeps_its_curves(call, tmp_path):
+    assert call("rbl", *TINY, "--eval-every", "1") == 0
+    result, folder = lines(tmp_path / "runs")[0], next(tmp_path.glob("runs/*/"))
+    saved, last = common.load(folder / "test_logits.pt"), json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert last["test_acc"] == pytest.approx(result["acc"]["all"])  # the test set is balanced
+    assert last["test_ce"] == pytest.approx(torch.nn.functional.cross_entropy(saved["logits"], saved["labels"]).item())
+    assert 0 < last["train_acc"] <= 100 and last["train_ce"] > 0
+
+
 def test_the_best_on_test_stands_beside_the_row_that_was_tested(call, tmp_path):
     best = {}
     for script, flags in {"lort": ("--epochs2", 1), "ewb_fdr": ("--variant", "wd"), "rbl": ()}.items():
