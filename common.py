@@ -1,7 +1,18 @@
-"""What the scripts in methods/ must agree on for their numbers to be comparable: which images, how a batch is drawn,
-which layers, what "few" means, how a run is kept and resumed. No method and no training loop is in here.
+"""What the scripts in methods/ share, so that their numbers can be compared. First what decides a number: the
+data, the batches, the backbones, the scores. Then what does not: the flags, how a run is kept, the table. No
+method and no training loop is in here.
 
-    python common.py runs/results.jsonl [more.jsonl ...]        prints results as one markdown table
+    python common.py RUNS                      the table of the finished runs in a folder, or in a .jsonl file
+    python common.py classes RUN               the accuracy of every class in a finished run
+    python common.py predict RUN ROW IMAGE...  what a trained network sees in images, by a row of its table
+
+A run is a folder, OUT/METHOD-VARIANT-DATASET-ifFACTOR-seedSEED:
+
+    <stage>.ckpt       while it is at work: what the same command needs to go on, bit for bit
+    log.jsonl          one line per epoch
+    weights.pt         the network, its flags, and how its images were normalised
+    test_logits.pt     its outputs for the test set, from which any other metric can be computed
+    result.json        flags and scores, one line; written last: a run is finished if it has this file
 """
 import argparse
 import fcntl
@@ -12,6 +23,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import zipfile
@@ -26,368 +38,16 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# ---------------------------------------------------------------------------------------------------- 1 the run
-
-
-def fail(message):
-    """Bad input: one line on stderr, exit code 2, no traceback."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def guard(main):
-    """Call a script's main(); what stops a run from outside becomes one line too."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped: the same command, without --overwrite, goes on from the last saved epoch", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (RuntimeError, MemoryError) as error:  # torch has several kinds
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
-            raise
-        fail("out of memory: run again with --overwrite and a smaller --batch-size (or --dim, --width, --image-size)")
-    except OSError as error:
-        fail(f"{error}: what was saved is intact; the same command, without --overwrite, goes on from there")
-
-
-def number(kind, ok, wanted):
-    """An argparse type: kind(text), refused unless ok(value); NaN fails every comparison and so is refused too."""
-    def parse(text):
-        if not ok(value := kind(text)):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        return value
-    parse.__name__ = "number"
-    return parse
-
-
-SAVE_EVERY = 30.0  # seconds
-AT_ONCE = 2**25    # values that are augmented together, 128 MB as floats: all of CIFAR-100-LT at IF 100
-ONE_OR_MORE = number(int, lambda n: 1 <= n <= 10**6, "from 1 to a million")
-ZERO_OR_MORE = number(int, lambda n: 0 <= n < 2**32, "0 or more, and below 2^32")
-POSITIVE = number(float, lambda v: 1e-30 < v < 1e30, "above 0 and below 1e30")
-NOT_NEGATIVE = number(float, lambda v: 0 <= v < 1e30, "0 or more, and below 1e30")
-FILE = number(str, bool, "a file")
-FACTOR = number(lambda text: text if text == "natural" else float(text), lambda v: v == "natural" or 1 <= v < math.inf,
-                "1 or more, or 'natural'")
-
-
-def base_parser(doc):
-    """The flags of every script; the defaults of the paper's recipe come with parse()."""
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    parser.error = fail
-    add = parser.add_argument_group("common flags").add_argument
-    add("--dataset", type=os.path.normpath, default="cifar100",
-        help="cifar10, cifar100, synthetic, or a folder with your own images")
-    add("--data-root", help="folder of the CIFAR files (data), or of the images that your own lists name (the lists')")
-    add("--imb-factor", type=FACTOR, default=100.0, help="images of the largest class over the smallest; natural: use all")
-    add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0 is the field's standard subset")
-    add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
-    add("--image-size", type=number(int, lambda n: 16 <= n < 2**12, "16 or more, and below 4096"),
-        help="pixels a side: scales and crops your own images")
-    add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
-    add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
-    add("--batch-size", type=ONE_OR_MORE, help="images per step")
-    add("--lr", type=POSITIVE, help="peak learning rate")
-    add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
-    add("--backbone", choices=list(BACKBONES), help="network below the classifier")
-    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
-        help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
-    add("--eval-every", type=ZERO_OR_MORE, default=0, help="score the test set every N epochs and after the last")
-    add("--out", default="runs", help="folder of results.jsonl and of the runs' own folders")
-    add("--overwrite", action="store_true", help="delete what this run has left, and start again")
-    return parser
-
-
-def parse(parser, argv, recipe, changes, only={}):
-    """Parse argv. Defaults: the recipe, as changed by changes[dataset], or changes["own"] for your own images.
-    only: {flag: (another, its values with which the flag has an effect)}; a flag without effect is refused.
-    args.published: every flag of the recipe has the paper's value; only then row() puts the paper's number beside ours."""
-    recipe = {"subset_seed": 0, "val_per_class": 0} | recipe
-    parser.set_defaults(**recipe)
-    dataset = parser.parse_args(argv).dataset
-    recipe = recipe | changes.get(dataset if dataset in DATASETS else "own", {})
-    parser.set_defaults(**recipe, **({} if dataset in DATASETS else {"imb_factor": "natural"}))
-    args = parser.parse_args(argv)
-    for flag, (key, *values) in only.items():
-        if getattr(args, flag) != parser.get_default(flag) and getattr(args, key) not in values:
-            fail(f"--{flag.replace('_', '-')} has no effect with --{key} {getattr(args, key)}")
-    for flag, without in (("image_size", DATASETS), ("data_root", ("synthetic",))):
-        if getattr(args, flag) and dataset in without:
-            fail(f"--{flag.replace('_', '-')} has no effect on {dataset}")
-    args.published, args.argv = all(vars(args)[key] == recipe[key] for key in recipe), sys.argv[1:] if argv is None else argv
-    return args
-
-
-def save(path, content):
-    """Write bytes, or a dict of tensors, under a temporary name and rename: the file is whole, or as it was before."""
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())
-        content = buffer.getbuffer()
-    path = path.resolve()  # a link stays one
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # if it did not get that far
-
-
-def load(path):
-    """The dict of tensors in a file; a damaged or foreign file is refused."""
-    try:
-        if zipfile.ZipFile(path).testzip() is None:
-            return dict(torch.load(path, "cpu", weights_only=True))
-    except Exception:  # zipfile and torch.load raise many kinds; to the user they are one
-        pass
-    fail(f"{path} is damaged, or no checkpoint: delete it, or name another")
-
-
-def same_flags(path, flags, needed, remedy=""):
-    """Refuse a file whose flags are not as needed."""
-    for key in sorted(needed):
-        if flags.get(key) != needed[key]:
-            fail(f"{path} was made with --{key.replace('_', '-')} {flags.get(key)}, not {needed[key]}{remedy}")
-
-
-def load_net(net, path, needed, data):
-    """Load a run's weights.pt, or a bare state_dict, into net. Returns the flags it was trained with, {} if it does not
-    tell them; those in `needed` must be as there, and the images must be those of `data`."""
-    state = load(path)
-    try:
-        net.load_state_dict(state.get("net", state))
-    except (RuntimeError, AttributeError, TypeError):
-        fail(f"{path} does not hold the weights of this network ({type(net).__name__}, {net.fc.out_features} classes)")
-    flags = state["flags"] if isinstance(state.get("flags"), dict) else {}
-    same_flags(path, flags, needed if flags else {})
-    if flags and state.get("content", data.subset["content"]) != data.subset["content"]:
-        fail(f"{path} was trained on other images: the data have changed")
-    return flags
-
-
-def load_results(path):
-    """The lines of a results.jsonl."""
-    results, k = [], 0
-    try:
-        for k, line in enumerate(path.read_text().splitlines()):
-            results += [json.loads(line)] if line.strip() else []
-            table(results[-1:])  # raises if a field is missing
-        return results
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        fail(f"line {k + 1} of {path} is no result: mend or delete it ({type(error).__name__}: {error})")
-
-
-def lock(folder, wait=0):
-    """Keep other processes out of a folder until the returned handle is closed; wait: fcntl.LOCK_NB to raise instead."""
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | wait)
-    return handle
-
-
-def schedule_text(lrs):
-    """The learning rate of about every tenth epoch and of the last, in words."""
-    shown = [*range(0, len(lrs) - 1, math.ceil(len(lrs) / 10)), len(lrs) - 1]
-    return f"{len(lrs)} epochs, lr of epoch " + ", ".join(f"{e + 1}: {lrs[e]:.3g}" for e in shown)
-
-
-class Run:
-    """One run: its folder, device and random numbers, the protocol it prints, its checkpoints, its result."""
-
-    def __init__(self, args, method, variant):
-        if args.dataset not in DATASETS and not os.path.isdir(args.dataset):
-            fail(f"--dataset {args.dataset}: not one of {', '.join(DATASETS)}, and no such folder")
-        self.args, self.method, self.variant, self.history, self.best_test = args, method, variant, [], None
-        self.device, self.precision = self._machine()
-        self.flags = vars(args) | {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
-        for key in ["out", "overwrite", "argv", "published"] + ["data_root"] * (args.dataset in DATASETS):
-            del self.flags[key]  # these do not change the result
-        if stage1 := self.flags.get("stage1"):  # the same name may hold another network when the run goes on
-            try:
-                self.flags["stage1_sha256"] = hashlib.sha256(Path(stage1).read_bytes()).hexdigest()[:16]
-            except (OSError, ValueError) as error:
-                fail(f"--stage1 {stage1}: {error}")
-        imb_factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
-        name = f"{method}-{variant}-{Path(args.dataset).resolve().name}-{imb_factor}-seed{args.seed}"
-        self.folder, self.results = Path(args.out, name), Path(args.out, "results.jsonl")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            open(self.results, "a").close()
-            self.lock = lock(self.folder, fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
-        except OSError as error:
-            fail(f"--out {args.out}: cannot write there ({error.strerror})")
-        finished = [result for result in load_results(self.results) if result.get("folder") == name]
-        weights = self.folder / "weights.pt"
-        if args.overwrite:
-            if stage1 and Path(stage1).resolve().parent == self.folder.resolve():
-                fail(f"--overwrite would delete {stage1}: move it, or choose another --out")
-        elif finished:
-            self._refuse_other(self.results, finished[-1].get("flags"))
-            if weights.exists():
-                print(f"{self.folder} is finished; --overwrite runs it again\n{table(finished[-1:])}")
-                raise SystemExit(0)
-        elif weights.exists():
-            self._refuse_other(weights, load(weights).get("flags"))
-        torch.manual_seed(args.seed)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
-
-    def _machine(self):
-        args, gpus = self.args, torch.cuda.device_count()
-        cuda = re.fullmatch(r"cuda(:\d+)?", args.device)
-        if args.device not in ("auto", "cpu") and not (cuda and int(args.device[5:] or 0) < gpus):
-            fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N; this machine has {gpus} CUDA devices")
-        device = torch.device(("cuda" if gpus else "cpu") if args.device == "auto" else args.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
-        auto = "fp32" if device.type == "cpu" else "bf16" if args.backbone == "resnet34" else "tf32"
-        precision = args.precision.replace("auto", auto)
-        if (device.type, precision) == ("cpu", "tf32"):
-            fail("--precision tf32 needs a GPU; a CPU has fp32 and bf16")
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # convolutions; matrix products stay in fp32
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products on a GPU need
-        torch.use_deterministic_algorithms(args.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and which no result needs
-        return device, precision
-
-    def _refuse_other(self, path, flags):
-        if not isinstance(flags, dict):
-            fail(f"{path} is not of this run: delete it, or --overwrite")
-        same_flags(path, flags, dict.fromkeys(flags) | self.flags, ": choose another --out, or --overwrite")
-
-    def begin(self, data, net, *stages, augmentation="crop, flip"):
-        """Print and keep the protocol; all is checked by now. stages: the learning rates of the epochs of each."""
-        self.data, self.params = data, sum(p.numel() for p in net.parameters())
-        if self.args.overwrite:
-            self._record([])
-            for path in [*self.folder.glob("*.ckpt"), *self.folder.glob("*.pt")]:
-                path.unlink()
-        gpu = self.device.type == "cuda"
-        self.machine = torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-        shots = ", ".join(f"{group.sum()} {name}" for name, group in shot_groups(data.counts).items())
-        self.protocol = {
-            "subset": "{rule}; {total:,} images, sha256 {sha256}".format(**data.subset),
-            "training": f"{sum(data.counts):,} images, {max(data.counts)} to {min(data.counts)} per class; classes: {shots}",
-            "held out": f"{len(data.val.labels if data.val else []):,} for validation, {len(data.test.labels):,} for the test",
-            "network": f"{self.args.backbone}, {self.params:,} parameters, "
-                       f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} of them trained",
-            "batches": f"{self.args.batch_size} images, {augmentation}",
-            "schedule": "; then ".join(schedule_text(lrs) for lrs in stages if lrs),
-            "arithmetic": f"{self.precision} on {self.machine}, seed {self.args.seed}",
-            "reported": "last epoch, one view; 'flip' is the mean of the logits of an image and its mirror image"}
-        print(f"{self.method}, {self.variant}, {self.args.dataset} -> {self.folder}")
-        print(*(f"  {key + ':':12}{text}" for key, text in self.protocol.items()), sep="\n", flush=True)
-
-    def autocast(self):
-        """For the forward pass: bf16 where --precision says so. Losses are computed outside of it, in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def epochs(self, stage, total, net, optimizer):
-        """Yield the epochs of `stage` still to do, from where an earlier process left it; each ends with log(). Saves when
-        SAVE_EVERY seconds have passed (less often if saving would take over 1 % of the time), and after the last epoch."""
-        path, start, self.best_test = self.folder / f"{stage}.ckpt", 0, None
-        self.stage, self.total, self.optimizer = stage, total, optimizer
-        if path.exists():
-            state = load(path)
-            self._refuse_other(path, state.get("flags"))
-            if state.get("subset") != self.data.subset:
-                fail(f"{path} was trained on other images: the data have changed; --overwrite starts the run again")
-            try:
-                net.load_state_dict(state["net"])
-                optimizer.load_state_dict(state["optimizer"])
-                self.generator.set_state(state["generator"])
-                start, self.history, self.best_test = state["epoch"], state["history"], state["best_test"]
-            except (RuntimeError, ValueError, KeyError, TypeError):
-                fail(f"{path} does not fit this version of the script: --overwrite starts the run again")
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].to(self.device)
-        saved, pause = time.monotonic(), SAVE_EVERY
-        with tqdm(total=total, initial=start, desc=stage, unit="epoch", disable=not sys.stderr.isatty()) as self.bar:
-            for self.epoch in range(start, total):
-                self.began = time.monotonic()
-                yield self.epoch
-                self.bar.update()
-                if self.epoch + 1 == total or time.monotonic() - saved > pause:
-                    saved = time.monotonic()
-                    save(path, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "flags": self.flags,
-                                "subset": self.data.subset, "generator": self.generator.get_state(), "epoch": self.epoch + 1,
-                                "history": self.history, "best_test": self.best_test})
-                    save(self.folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in self.history).encode())
-                    saved, pause = time.monotonic(), max(SAVE_EVERY, 100 * (time.monotonic() - saved))
-
-    def log(self, losses, **extra):
-        """Close an epoch. losses: the 0-d losses of its steps; one that is no number ends the run."""
-        loss, lr = torch.stack(losses).mean().item(), self.optimizer.param_groups[0]["lr"].item()
-        seconds = time.monotonic() - self.began
-        if not self.folder.exists() or not os.path.samestat(os.stat(self.folder), os.fstat(self.lock)):
-            fail(f"{self.folder} was moved or deleted while this run was at work")
-        if not math.isfinite(loss):
-            fail(f"the loss is {loss} in epoch {self.epoch + 1} of {self.stage}: try a lower --lr, or --precision fp32, "
-                 "with --overwrite")
-        self.history.append({"stage": self.stage, "epoch": self.epoch + 1, "loss": loss, "lr": lr, "seconds": seconds, **extra})
-        line = f"loss {loss:.4f}, lr {lr:.4g}, {len(self.data.train.labels) / seconds:.0f} images/s"
-        self.bar.set_postfix_str(line)
-        if self.bar.disable and (self.epoch + 1) * 10 // self.total > self.epoch * 10 // self.total:
-            print(f"  {self.stage}, epoch {self.epoch + 1} of {self.total}: {line}, "
-                  f"{(self.total - self.epoch - 1) * seconds:.0f} s left", flush=True)
-
-    def test_now(self):
-        """Whether --eval-every asks for the test set after this epoch; if at all, then after the last one too."""
-        every = self.args.eval_every
-        return every > 0 and ((self.epoch + 1) % every == 0 or self.epoch + 1 == self.total)
-
-    def tested(self, logits, **extra):
-        """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the test set; extra: for
-        the epoch's line in log.jsonl."""
-        self.history[-1] |= extra
-        self.best_test = max(self.best_test or 0.0, report(logits, self.data.test.labels, self.data.counts)["all"])
-
-    def finish(self, net, logits, rows, headline=-1, **metrics):
-        """Keep the weights, the test logits {name: (N, C)} and one result line. rows: from row(), one of them the headline."""
-        if not all(v.isfinite().all() for v in logits.values()):
-            fail("the test logits are not finite: try a lower --lr, or --precision fp32, with --overwrite")
-        args, test, seconds = self.args, self.data.test, sum(h["seconds"] for h in self.history)
-        result = {
-            "method": self.method, "variant": self.variant, "dataset": args.dataset, "imb_factor": args.imb_factor,
-            "seed": args.seed, **rows[headline], "rows": rows, "metrics": metrics,
-            "subset": self.data.subset, "backbone": args.backbone, "params": self.params, "flags": self.flags,
-            "protocol": self.protocol, "seconds": round(seconds, 1), "device": self.machine, "precision": self.precision,
-            "images_per_s": round(len(self.data.train.labels) * len(self.history) / max(seconds, 1e-9)),
-            "peak_memory_mb": torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None,
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "folder": self.folder.name,
-            "command": shlex.join([f"methods/{self.method}.py", *args.argv])}
-        result = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)  # JSON has no NaN
-        logits = {"labels": test.labels, "counts": torch.tensor(self.data.counts), **logits}
-        save(self.folder / "weights.pt", {"net": net.cpu().state_dict(), "flags": self.flags, "mean": test.mean.cpu(),
-                                          "std": test.std.cpu(), "content": self.data.subset["content"],
-                                          "classes": self.data.classes})
-        save(self.folder / "test_logits.pt", {k: v.cpu() for k, v in logits.items()})
-        self._record([result])
-        for path in self.folder.glob("*.ckpt"):
-            path.unlink()
-        print(*(f"  {key}: {value}" for key, value in result["metrics"].items()), table([result]), sep="\n")
-
-    def _record(self, results):
-        """Put these lines into results.jsonl in place of this run's, whoever else is writing."""
-        handle = lock(self.results.resolve().parent)
-        others = [result for result in load_results(self.results) if result.get("folder") != self.folder.name]
-        save(self.results, "".join(json.dumps(result) + "\n" for result in others + results).encode())
-        os.close(handle)
-
-
-# ---------------------------------------------------------------------------------------------------- 2 data
+# ---------------------------------------------------------------------------------------------- 1 data
 
 DATASETS = ("cifar10", "cifar100", "synthetic")
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10; the field uses them for both
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10; the field uses them for CIFAR-100 too
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
 FINGERPRINTS = {  # of the field's standard subsets: sha256 of the indices, first 16 digits
-    "cifar10": {10: "a17d69f192b1cf6d", 50: "d7edcfaf02772bee", 100: "4bf45bff8878d278", 200: "a88004a1d1361093"},
-    "cifar100": {10: "b4fbf1bf0a7f3338", 50: "561fa940cc7d3551", 100: "e0d58a4d2700c460", 200: "2f00ccd33da379d5"}}
+    "cifar10": {10: "a17d69f192b1cf6d", 50: "d7edcfaf02772bee",
+                100: "4bf45bff8878d278", 200: "a88004a1d1361093"},
+    "cifar100": {10: "b4fbf1bf0a7f3338", 50: "561fa940cc7d3551",
+                 100: "e0d58a4d2700c460", 200: "2f00ccd33da379d5"}}
 
 
 class Split(NamedTuple):
@@ -401,185 +61,273 @@ class Data(NamedTuple):
     train: Split
     val: Split | None
     test: Split
-    counts: list          # training images per class
-    subset: dict          # rule, total and sha256 of the subset before validation images are held out; content: of all images
-    classes: list | None  # the names of your own classes in the order of their numbers
+    counts: list   # training images per class
+    classes: list  # their names
+    subset: dict   # total, sha256 of the subset, before images are held out; content: sha256 of all images
 
 
 def exp_counts(n_max, num_classes, imb_factor):
-    """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW (Cao et al. 2019)."""
+    """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW (Cao et
+    al. 2019)."""
     return [int(n_max * imb_factor ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
-def long_tail_indices(labels, counts, seed=0):
-    """The field's standard subset: per class in label order, shuffle its indices and keep the first counts[c].
+def shuffled_classes(labels, num_classes, seed):
+    """The indices of each class, shuffled class after class. Seed 0: as LDAM-DRW's global generator does
+    it."""
+    rng = np.random.RandomState(seed)
+    labels = np.asarray(labels)
+    shuffled = []
+    for c in range(num_classes):
+        index = np.where(labels == c)[0]
+        rng.shuffle(index)
+        shuffled.append(index)
+    return shuffled
 
-    labels: (N,) ints. Returns (sum(counts),) int64; seed 0 gives LDAM-DRW's images in LDAM-DRW's order, from a
-    generator of its own. Raises ValueError where a class has too few images.
-    """
-    rng, labels, kept = np.random.RandomState(seed), np.asarray(labels), []
-    for c, n in enumerate(counts):
-        rng.shuffle(index := np.where(labels == c)[0])
-        if n > len(index):
-            raise ValueError(f"class {c} has {len(index)} images, not {n}")
-        kept.append(index[:n])
+
+def long_tail_indices(labels, counts, seed=0):
+    """The field's standard subset: the first counts[c] images of each shuffled class. Returns (sum(counts),)
+    int64. Raises ValueError where a class has too few images."""
+    kept = []
+    for c, index in enumerate(shuffled_classes(labels, len(counts), seed)):
+        if counts[c] > len(index):
+            raise ValueError(f"class {c} has {len(index)} images, not {counts[c]}")
+        kept.append(index[:counts[c]])
     return np.concatenate(kept).astype(np.int64)
 
 
 def cifar(name, root):
-    """[(images, labels) of the training set, the same of the test set], read and if need be fetched by torchvision."""
+    """({"train": (images, labels), "test": ...}, class names), read and if need be fetched by torchvision."""
     import torchvision
     source = getattr(torchvision.datasets, name.upper())
     try:
         root.mkdir(parents=True, exist_ok=True)
-        handle = lock(root)  # one download, however many runs start at once; files that are there and whole are left alone
-        parts = [source(root, train=True, download=True), source(root, train=False)]
+        handle = lock(root)  # one download, however many runs start at once
+        train = source(root, train=True, download=True)
+        test = source(root, train=False)
         os.close(handle)
     except Exception as error:  # torchvision raises many kinds
-        folder, files = root / source.base_folder, dict(source.train_list + source.test_list)
-        files[source.meta["filename"]] = source.meta["md5"]
-        bad = [file for file in files if not torchvision.datasets.utils.check_integrity(folder / file, files[file])]
-        fail(f"{folder}: missing or damaged: {', '.join(bad)}; the download failed ({error}): put torchvision's files there, "
-             "or try --dataset synthetic, which needs none")
-    return [(part.data, np.array(part.targets)) for part in parts]
+        folder = root / source.base_folder
+        files = source.train_list + source.test_list + [[source.meta["filename"], source.meta["md5"]]]
+        intact = torchvision.datasets.utils.check_integrity
+        bad = [file for file, md5 in files if not intact(folder / file, md5)]
+        fail(f"{folder}: missing or damaged: {', '.join(bad)}; the download failed ({error}): put "
+             "torchvision's files there, or try --dataset synthetic, which needs none")
+    parts = {"train": (train.data, np.array(train.targets)), "test": (test.data, np.array(test.targets))}
+    return parts, train.classes
 
 
 def synthetic():
-    """Like cifar(): 20 classes, 250 training and 50 test images each. A class is a smooth random 16 x 16 pattern; an
-    image blends it with another class's and adds noise."""
+    """Like cifar(): 20 classes, 250 training and 50 test images each. A class is a smooth random 16 x 16
+    pattern; an image blends it with another class's and adds noise."""
     rng = np.random.RandomState(0)
-    patterns = F.interpolate(torch.from_numpy(rng.randn(20, 3, 4, 4)), 16, mode="bicubic").permute(0, 2, 3, 1).numpy()
+    coarse = torch.from_numpy(rng.randn(20, 3, 4, 4))
+    patterns = F.interpolate(coarse, 16, mode="bicubic").permute(0, 2, 3, 1).numpy()
 
     def draw(n):
         labels = np.repeat(np.arange(20), n)
         blend = rng.uniform(0, 0.5, (len(labels), 1, 1, 1))
         images = (1 - blend) * patterns[labels] + blend * patterns[rng.permutation(labels)]
-        return (128 + 40 * (images + 1.2 * rng.randn(*images.shape))).clip(0, 255).astype(np.uint8), labels
-    return draw(250), draw(50)
+        images = 128 + 40 * (images + 1.2 * rng.randn(*images.shape))
+        return images.clip(0, 255).astype(np.uint8), labels
+
+    return {"train": draw(250), "test": draw(50)}, [f"pattern {c}" for c in range(20)]
 
 
-def own_data(folder, root, size):
-    """train, test and val of (images, labels), val None if there is none; and the class names, numbered by their training
-    images, the largest first. The folder holds train/, test/ and maybe val/ with a folder per class, or *train.txt, *test.txt
-    and maybe *val.txt of lines `path label`, the paths below root. size: pixels a side, or None for one size as it is."""
+def image_files(folder, part, root):
+    """[(path, class name)] of your own images, [] if there is no such part: of a folder `part` with a folder
+    per class, or of a list `*part.txt` of lines `path label`, whose paths lie below root."""
+    from PIL import Image
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in entries if path.is_dir() and path.name.lower().startswith(part)]
+    lists = [path for path in entries if path.name.lower().endswith(f"{part}.txt")]
+    if part == "val" and not folders + lists:
+        return []
+    if len(folders + lists) != 1:
+        names = ", ".join(path.name for path in entries[:9])
+        fail(f"{folder} needs one folder {part}/ with a folder per class, or one list *{part}.txt of lines "
+             f"`path label`, not {len(folders)} and {len(lists)}; it has {names}")
+    files, others = [], []
+    if lists:
+        for line in lists[0].read_text("utf-8-sig", "replace").splitlines():
+            path, _, label = line.strip().rpartition(" ")
+            if label:
+                files.append((root / path.strip(), label))
+        return files
+    for path in sorted(folders[0].rglob("*")):
+        names = path.relative_to(folders[0]).parts
+        if path.is_dir() or len(names) == 1 or any(name.startswith(".") for name in names):
+            continue
+        known = path.suffix.lower() in Image.registered_extensions()
+        (files if known else others).append((path, names[0]))
+    if others:
+        print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
+    return files
+
+
+def read_image(path, size):
+    """(H, W, 3) uint8 of a file, scaled and cropped to size x size if a size is given. Raises ValueError."""
     from PIL import Image, ImageOps
-    from torchvision.datasets import ImageFolder
-    files, images = {}, {"val": None}
-    for part in ("train", "test", "val"):
-        lists = list(folder.glob(f"*{part}.txt"))
-        try:
-            if (folder / part).is_dir():
-                if lists:
-                    raise ValueError(f"there are {part}/ and {lists[0].name}")
-                found = ImageFolder(folder / part)
-                files[part] = [(path, found.classes[k]) for path, k in found.samples]
-            elif part != "val" or lists:
-                if len(lists) != 1:
-                    raise ValueError(f"there are {len(lists)}")
-                text = lists[0].read_text("utf-8-sig", "replace")
-                lines = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]
-                if odd := [line for line in lines if len(line) != 2]:
-                    raise ValueError(f"not '{odd[0][0]}'")
-                files[part] = [(root / path, label) for path, label in lines]
-        except (OSError, ValueError) as error:
-            fail(f"{folder} needs {part}/ with a folder per class, or one list *{part}.txt of lines `path label`: {error}")
-    if not (sizes := Counter(label for _, label in files["train"])):
-        fail(f"{folder} has no training images")
-    for part in files:
-        if odd := sorted(sizes.keys() ^ {label for _, label in files[part]}):
-            fail(f"{folder}: class {odd[0]} is missing in {part if odd[0] in sizes else 'train'}")
-    classes = sorted(sizes, key=lambda name: (-sizes[name], name))
-    number_of = dict(zip(classes, range(len(classes))))
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError("16-bit and float pixels: convert them to 8 bits")
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
 
+
+def read_images(paths, size):
+    """(N, S, S, 3) uint8. The first image is checked before the rest is read; errors are told together."""
     def read(path):
         try:
-            image = Image.open(path)
-            if image.mode[0] in "IF":
-                raise ValueError("16-bit and float pixels: convert them to 8 bits")
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"{path} cannot be read as an image ({error})") from None
-        return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
-
-    for part in files:
-        try:
-            pixels = thread_map(read, [path for path, _ in files[part]], desc=f"reading {part}", disable=None)
+            return read_image(path, size)
         except ValueError as error:
-            fail(error)
-        side = len(images["train"][0][0] if "train" in images else pixels[0])
-        for (path, _), image in zip(files[part], pixels):
-            if image.shape != (side, side, 3) or side < 16:
-                fail(f"{path}: images must be squares of one size, 16 pixels or more: give --image-size")
-        images[part] = np.stack(pixels), np.array([number_of[label] for _, label in files[part]])
-    paths = Counter(os.path.realpath(path) for part in files for path, _ in files[part])
-    if twice := [path for path, n in paths.items() if n > 1]:
-        fail(f"{folder}: {twice[0]} is there more than once, train, test and val taken together")
-    return images["train"], images["test"], images["val"], classes
+            return error
+
+    def check(path, image, side):
+        if image.shape != (side, side, 3) or not (size or 16 <= side <= 256):
+            height, width, _ = image.shape
+            fail(f"{path} has {width} x {height} pixels: images must be squares of one size, from 16 to 256 "
+                 "pixels, or give --image-size")
+
+    first = read(paths[0])
+    if not isinstance(first, ValueError):
+        check(paths[0], first, len(first))
+    images = thread_map(read, paths, desc="reading", disable=None)
+    errors = [str(image) for image in images if isinstance(image, ValueError)]
+    if errors:
+        fail(f"{'; '.join(errors[:3])} ({len(errors)} of {len(images)} images; those of lists lie below "
+             "--data-root)")
+    for path, image in zip(paths, images):
+        check(path, image, len(first))
+    return np.stack(images)
+
+
+def own_images(folder, root, size):
+    """Like cifar(): your own images, maybe with a part "val". Classes are numbered by their training images,
+    the largest first. size: pixels a side, or None for small squares as they are."""
+    if not folder.is_dir():
+        fail(f"--dataset {folder}: not one of {', '.join(DATASETS)}, and no such folder")
+    files = {part: image_files(folder, part, root) for part in ("train", "test", "val")}
+    names = {part: Counter(name for _, name in listed) for part, listed in files.items()}
+    classes = sorted(names["train"], key=lambda name: (-names["train"][name], name))
+    if len(classes) < 2:
+        fail(f"{folder}: training images of two classes are needed, not of {len(classes)}")
+    for part, needed in (("train", names["test"] | names["val"]), ("test", names["train"])):
+        missing = sorted(needed.keys() - names[part].keys())
+        if missing:
+            fail(f"{folder}: class {missing[0]} has no {part} images")
+    number_of = {name: c for c, name in enumerate(classes)}
+    images = read_images([path for listed in files.values() for path, _ in listed], size)
+
+    parts, seen = {}, {}
+    for part, listed in files.items():
+        pixels, images = images[:len(listed)], images[len(listed):]
+        for (path, name), image in zip(listed, pixels):
+            other, *place = seen.setdefault(hashlib.sha256(image).digest(), (path, part, name))
+            if place != [part, name]:  # in two parts or classes it would make the scores wrong
+                fail(f"{path} ({part}, {name}) and {other} ({', '.join(place)}) are the same picture")
+        if listed:
+            parts[part] = pixels, np.array([number_of[name] for _, name in listed])
+    return parts, classes
+
+
+def mean_and_std(images):
+    """(3,) each, in grey levels, image by image: a float copy of all would be large. A channel may be
+    constant."""
+    mean, square = np.zeros(3), np.zeros(3)
+    for image in images:
+        mean += image.mean((0, 1)) / len(images)
+        square += np.square(image, dtype=float).mean((0, 1)) / len(images)
+    return mean, np.sqrt(np.maximum(square - mean**2, 1))
 
 
 def load_data(args, device):
     """Data: the long-tailed training set, the validation set if there is one, the whole test set."""
-    val, classes, held_out, folder = None, None, args.val_per_class, Path(args.dataset)
     if args.dataset == "synthetic":
-        (images, labels), test = synthetic()
+        parts, classes = synthetic()
     elif args.dataset in DATASETS:
-        (images, labels), test = cifar(args.dataset, Path(args.data_root or "data"))
+        parts, classes = cifar(args.dataset, Path(args.data_root or "data"))
     else:
-        (images, labels), test, val, classes = own_data(folder, Path(args.data_root or folder), args.image_size)
-    if val and held_out:
-        fail(f"--val-per-class {held_out}: {folder} has validation images of its own")
+        root = Path(args.data_root or args.dataset)
+        parts, classes = own_images(Path(args.dataset), root, args.image_size)
     content = hashlib.sha256()
-    for array in (images, labels, *(val or []), *test):
-        content.update(np.ascontiguousarray(array))
-    available = np.bincount(labels).tolist()
-    if len(available) < 2:
-        fail(f"--dataset {args.dataset} has a single class")
-    counts, rule = available, "all images"
+    for images, labels in parts.values():
+        content.update(np.ascontiguousarray(images))
+        content.update(labels)
+
+    # the standard subset: of each class, shuffled, the first counts[c] images
+    images, labels = parts["train"]
+    counts = np.bincount(labels).tolist()
     if args.imb_factor != "natural":
-        counts = exp_counts(max(available), len(available), args.imb_factor)
-        rule = f"int({max(available)} * {args.imb_factor:g}^(-c/{len(available) - 1})) of class c, seed {args.subset_seed}"
-    for c, (n, there) in enumerate(zip(counts, available)):
-        if n > there:
-            fail(f"class {c} has {there} images, --imb-factor {args.imb_factor:g} needs {n}: try --imb-factor natural")
-    # each class shuffled: its first n are the standard subset, the next ones the validation images
-    shuffled = np.split(long_tail_indices(labels, available, args.subset_seed), np.cumsum(available)[:-1])
-    subset = np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
+        counts = exp_counts(max(counts), len(counts), args.imb_factor)
+    try:
+        subset = long_tail_indices(labels, counts, args.subset_seed)
+    except ValueError as error:
+        fail(f"--imb-factor {args.imb_factor}: {error}; try --imb-factor natural")
     sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
     if args.subset_seed == 0 and sha256 != standard:
-        fail(f"the subset's sha256 is {sha256}, the standard one's {standard}: these are not the field's images")
-    if held_out:  # of each class the next images; where none are left (the head), the class gives up some
-        counts = [min(n, len(index) - held_out) for n, index in zip(counts, shuffled)]
-        rest = np.concatenate([index[max(n, 0):][:held_out] for n, index in zip(counts, shuffled)])
-        val = images[rest], labels[rest]
-        rule += f", of which {len(subset) - sum(counts)} serve as validation images"
+        fail(f"the subset's sha256 is {sha256}, not the field's {standard}: these are other images")
+
+    # validation images: the next ones of each class; where none are left (the head), it gives up its last
+    n_val = args.val_per_class
+    if n_val:
+        if "val" in parts:
+            fail(f"--val-per-class {n_val}: {args.dataset} has validation images of its own")
+        shuffled = shuffled_classes(labels, len(counts), args.subset_seed)
+        counts = [min(n, len(index) - n_val) for n, index in zip(counts, shuffled)]
+        held_out = [index[max(n, 0):][:n_val] for n, index in zip(counts, shuffled)]
+        held_out = np.concatenate(held_out)
+        parts["val"] = images[held_out], labels[held_out]
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
-    train = np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
-    images, labels = images[train], labels[train]  # one copy: your own images may be many gigabytes
-    mean, std = 255 * np.array([CIFAR_MEAN, CIFAR_STD])
-    if args.dataset not in FINGERPRINTS:  # image by image, for the same reason
-        moments = [(image.mean((0, 1)), np.square(image, dtype=float).mean((0, 1))) for image in images]
-        mean, square = np.mean(moments, 0)
-        std = np.sqrt(np.maximum(square - mean**2, 1))  # a channel may be constant
+    train = long_tail_indices(labels, counts, args.subset_seed)
+    parts["train"] = images[train], labels[train]
 
-    def split(images, labels):
-        return Split(*(torch.as_tensor(a, device=device) for a in (images, labels)),
-                     *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (mean, std)))
-    return Data(split(images, labels), val and split(*val), split(*test), counts,
-                {"rule": rule, "total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}, classes)
+    mean, std = 255 * np.array(CIFAR_MEAN), 255 * np.array(CIFAR_STD)
+    if args.dataset not in FINGERPRINTS:
+        mean, std = mean_and_std(parts["train"][0])
+    mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+    std = torch.as_tensor(std, dtype=torch.float32, device=device)
+    splits = {"val": None}
+    for part, (images, labels) in parts.items():
+        images = torch.as_tensor(images, device=device)
+        labels = torch.as_tensor(labels, device=device)
+        splits[part] = Split(images, labels, mean, std)
+    subset = {"total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}
+    return Data(**splits, counts=counts, classes=classes, subset=subset)
 
 
-# ---------------------------------------------------------------------------------------------------- 3 batches
+def normalised_as(data, mean, std):
+    """The same Data with another mean and deviation: a network is always fed as it was trained."""
+    for part in ("train", "val", "test"):
+        split = getattr(data, part)
+        if split is not None:
+            split = split._replace(mean=mean.to(split.mean), std=std.to(split.std))
+            data = data._replace(**{part: split})
+    return data
+
+
+# ---------------------------------------------------------------------------------------------- 2 batches
+
+AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats: all of CIFAR-100-LT at IF 100
 
 
 def crop_flip(images, generator):
-    """A random window of the image in a black margin of an eighth (4 pixels of 32), and a random mirror image: what
-    torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H, W, 3) uint8."""
-    n, size, pad = len(images), images.shape[1:3], images.shape[1] // 8
+    """A random window of the image in a black margin of an eighth (4 pixels of 32), and a random mirror
+    image: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H,
+    W, 3) uint8."""
+    n, height, width, _ = images.shape
+    pad = height // 8
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=images.device)
     mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=images.device) < 0.5
-    windows = F.pad(images, (0, 0, pad, pad, pad, pad)).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (N, 2p+1, 2p+1, 3, H, W)
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view, (N, 2 pad + 1, 2 pad + 1, 3, H, W)
     images = windows[torch.arange(n, device=images.device), top, left].permute(0, 2, 3, 1)
     return torch.where(mirrored, images.flip(2), images)
 
@@ -590,12 +338,16 @@ def normalise(images, split):
 
 
 def batches(split, batch_size, generator, augment=crop_flip):
-    """Yield an epoch of (x, labels): every image once, in random order, augmented; the last batch may be short."""
+    """Yield an epoch of (x, labels): every image once, in random order, augmented. The last batch may be
+    short; if it is a single image it is left out, since BatchNorm would take its statistics from that image
+    alone."""
     order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
-    at_once = max(1, AT_ONCE // (split.images[0].numel() * batch_size)) * batch_size
-    for part in order.split(at_once):
-        x = normalise(augment(split.images[part], generator), split)
-        yield from zip(x.split(batch_size), split.labels[part].split(batch_size))
+    if batch_size > 1 and len(order) % batch_size == 1:
+        order = order[:-1]
+    together = max(1, AT_ONCE // (split.images[0].numel() * batch_size))        # batches
+    for index in order.split(together * batch_size):
+        x = normalise(augment(split.images[index], generator), split)
+        yield from zip(x.split(batch_size), split.labels[index].split(batch_size))
 
 
 def set_lr(optimizer, lr):
@@ -604,69 +356,104 @@ def set_lr(optimizer, lr):
         group["lr"].fill_(lr)
 
 
-def captured(step, net, optimizer):
-    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, step itself.
+def captured(step, net, optimizer, enabled=True):
+    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, or if not enabled, step itself.
 
-    The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class weights) must
-    be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights, buffers and momentum as they were.
+    The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class
+    weights) must be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights,
+    buffers and momentum as they were. Where it fails, training goes on with step itself, from the same state.
     """
-    if not next(net.parameters()).is_cuda:
+    if not enabled or not next(net.parameters()).is_cuda:
         return step
-    graphs, stream = {}, torch.cuda.Stream()
+    graphs = {}  # batch size -> replay(x, labels), or step where capturing failed
+    stream = torch.cuda.Stream()
 
-    def capture(x, labels):
-        weights = [v.clone() for v in net.state_dict().values()]
+    def snapshot():
+        weights = [value.clone() for value in net.state_dict().values()]
         momentum = {p: state["momentum_buffer"].clone() for p, state in optimizer.state.items()}
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up: libraries choose their kernels, momentum buffers appear
-            for _ in range(3):
-                step(x, labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            loss = step(x, labels)
+        return weights, momentum
+
+    def restore(weights, momentum):
         for value, before in zip(net.state_dict().values(), weights):
             value.copy_(before)
         for p, state in optimizer.state.items():  # a zero buffer is as good as none
             state["momentum_buffer"].copy_(momentum.get(p, torch.zeros_like(p)))
-        return graph, x, labels, loss
 
-    def replay(x, labels):
+    def capture(static_x, static_labels):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up: libraries choose their kernels, momentum buffers appear
+            for _ in range(3):
+                step(static_x, static_labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            loss = step(static_x, static_labels)
+
+        def replay(x, labels):
+            static_x.copy_(x)
+            static_labels.copy_(labels)
+            graph.replay()
+            return loss.clone()
+        return replay
+
+    def tried(x, labels):
+        """A replay that worked once, or step; the state is as it was."""
+        before = snapshot()
+        try:
+            run = capture(x.clone(), labels.clone())
+            run(x, labels)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"batches of {len(x)} images are not captured as a CUDA graph, which is slower ({error})")
+            run = step
+        restore(*before)
+        return run
+
+    def captured_step(x, labels):
         if len(x) not in graphs:
-            graphs[len(x)] = capture(x.clone(), labels.clone())
-        graph, static_x, static_labels, loss = graphs[len(x)]
-        static_x.copy_(x)
-        static_labels.copy_(labels)
-        graph.replay()
-        return loss.clone()
-    return replay
+            graphs[len(x)] = tried(x, labels)
+        return graphs[len(x)](x, labels)
+    return captured_step
 
 
-# ---------------------------------------------------------------------------------------------------- 4 backbones
+# ---------------------------------------------------------------------------------------------- 3 backbones
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without weights (option A: every second pixel, zeros for the new channels)."""
+    """Two 3x3 convolutions and a shortcut without weights (option A: every second pixel, zeros as new
+    channels)."""
 
     def __init__(self, channels_in, channels, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
-        self.stride, self.pad = stride, (0, 0, 0, 0, (channels - channels_in) // 2, (channels - channels_in) // 2)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - channels_in
 
     def forward(self, x):
-        shortcut = x if self.stride == 1 else F.pad(x[:, :, ::2, ::2], self.pad)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+        shortcut = x
+        if self.stride == 2:
+            half = self.new_channels // 2
+            shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
 class ResNet32(nn.Module):
-    """CIFAR's ResNet-32 (He et al. 2016): features (B, 64), 470,004 parameters for 100 classes. blocks=1: the demo's."""
+    """CIFAR's ResNet-32 (He et al. 2016): features (B, 64), 470,004 parameters for 100 classes."""
 
     def __init__(self, num_classes, blocks=5):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        widths = [16] * (blocks + 1) + [32] * blocks + [64] * blocks
-        self.blocks = nn.Sequential(*(Block(a, b, 1 + (a < b)) for a, b in zip(widths, widths[1:])))
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        layers, channels = [], 16
+        for width in (16, 32, 64):
+            for _ in range(blocks):
+                layers.append(Block(channels, width, stride=1 if width == channels else 2))
+                channels = width
+        self.blocks = nn.Sequential(*layers)
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -677,12 +464,14 @@ class ResNet32(nn.Module):
 
 
 class ResNet34(nn.Module):
-    """torchvision's ResNet-34 with a 3x3 stem and no max-pooling, as WB, EWB-FDR and LORT use it: features (B, 512)."""
+    """torchvision's ResNet-34 with a 3x3 stem and no max-pooling, as WB, EWB-FDR and LORT use it: features
+    (B, 512)."""
 
     def __init__(self, num_classes):
         super().__init__()
         from torchvision.models import resnet34
-        net, conv = resnet34(), nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        net = resnet34()
+        conv = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.body = nn.Sequential(conv, net.bn1, net.relu, net.layer1, net.layer2, net.layer3, net.layer4)
         self.fc = nn.Linear(512, num_classes)
 
@@ -690,118 +479,680 @@ class ResNet34(nn.Module):
         return self.body(x).mean((2, 3))
 
 
-BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": lambda num_classes: ResNet32(num_classes, blocks=1)}
+def small(num_classes):
+    """Eight layers, for the demo."""
+    return ResNet32(num_classes, blocks=1)
+
+
+BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": small}
 
 
 def simplex_etf(num_classes, dim, generator):
-    """(num_classes, dim): rows of unit norm with pairwise cosine -1/(K-1), sqrt(K/(K-1)) (I - 11^T/K) U^T for a uniformly
-    random U (dim, K) with orthonormal columns. Raises ValueError where dim < num_classes."""
+    """(num_classes, dim): rows of unit norm with pairwise cosine -1/(K-1), sqrt(K/(K-1)) (I - 11^T/K) U^T for
+    a uniformly random U (dim, K) with orthonormal columns. Raises ValueError where dim < num_classes."""
     if not 2 <= num_classes <= dim:
-        raise ValueError(f"a simplex ETF of {num_classes} classes needs two classes, and as many dimensions, not {dim}")
-    q, r = torch.linalg.qr(torch.randn(dim, num_classes, generator=generator, device=generator.device, dtype=torch.float64))
-    centred = torch.eye(num_classes).to(q) - 1 / num_classes
-    return (math.sqrt(num_classes / (num_classes - 1)) * centred @ (q * r.diagonal().sign()).T).float()
+        raise ValueError(f"a simplex ETF needs two classes, and as many dimensions: not {num_classes}, {dim}")
+    gauss = torch.randn(dim, num_classes, generator=generator, device=generator.device, dtype=torch.float64)
+    q, r = torch.linalg.qr(gauss)
+    u = q * r.diagonal().sign()                                                 # (dim, K)
+    centred = torch.eye(num_classes).to(q) - 1 / num_classes                    # (K, K)
+    return (math.sqrt(num_classes / (num_classes - 1)) * centred @ u.T).float()
 
 
-# ---------------------------------------------------------------------------------------------------- 5 evaluation
+# ---------------------------------------------------------------------------------------------- 4 evaluation
+
+
+@torch.no_grad()
+def features(net, split):
+    """net.features(x) of the plain images, (N, D) float32, in evaluation mode."""
+    training = net.training
+    net.eval()
+    feat = torch.cat([net.features(normalise(images, split)) for images in split.images.split(1000)])
+    net.train(training)
+    return feat
 
 
 @torch.no_grad()
 def predict(net, split, flip=False):
-    """Logits (N, C) = net.fc(feat) and feat (N, D) = net.features(x) of the plain images, in evaluation mode, float32;
-    with flip, the means of those of an image and of its mirror image."""
+    """Logits (N, C) and features (N, D) of the plain images; with flip their means over an image and its
+    mirror image (every fc here is an affine map, so the logits of the mean feature are the mean logits)."""
+    feat = features(net, split)
     if flip:
-        views = split, split._replace(images=split.images.flip(2))
-        return tuple((a + b) / 2 for a, b in zip(*(predict(net, view) for view in views)))
-    training = net.training
-    net.eval()
-    feat = torch.cat([net.features(normalise(images, split)) for images in split.images.split(1000)])
-    logits = net.fc(feat)
-    net.train(training)
-    return logits, feat
+        feat = (feat + features(net, split._replace(images=split.images.flip(2)))) / 2
+    return net.fc(feat), feat
 
 
 def shot_groups(counts):
-    """{"all", "many" (> 100 training images), "medium" (20..100), "few" (< 20)} -> (C,) bool, which classes."""
+    """{"all", "many" (> 100 training images), "medium" (20..100), "few" (< 20)} -> (C,) bool, which
+    classes."""
     n = torch.as_tensor(counts)
     return {"all": n >= 0, "many": n > 100, "medium": (n >= 20) & (n <= 100), "few": n < 20}
 
 
+def recalls(logits, labels, num_classes):
+    """(C,) float64: percent of the images of each class that are recognised; NaN for a class without
+    images."""
+    hits = (logits.argmax(1) == labels).double().cpu()
+    labels = labels.cpu()
+    return 100 * torch.bincount(labels, hits, num_classes) / torch.bincount(labels, minlength=num_classes)
+
+
 def report(logits, labels, counts):
-    """Mean of the per-class recalls in percent, per shot group; None for a group without classes.
-    logits (N, C), labels (N,), counts: training images of the C classes."""
-    hits, labels = (logits.argmax(1) == labels).double().cpu(), labels.cpu()
-    recall = 100 * torch.bincount(labels, hits, len(counts)) / torch.bincount(labels, minlength=len(counts))
-    return {name: recall[group].mean().item() if group.any() else None for name, group in shot_groups(counts).items()}
+    """Mean of the per-class recalls in percent, per shot group; None for a group without classes that have
+    images. logits (N, C), labels (N,), counts: training images of the C classes."""
+    recall = recalls(logits, labels, len(counts))
+    scores = {}
+    for name, group in shot_groups(counts).items():
+        values = recall[group & ~recall.isnan()]
+        scores[name] = values.mean().item() if len(values) else None
+    return scores
 
 
-def val_scores(net, data, adjustment=0.0):
-    """{"val": report()} of the validation images, by which flags may be chosen; {} without any. adjustment: off the logits."""
-    return {"val": report(predict(net, data.val)[0] - adjustment, data.val.labels, data.counts)} if data.val else {}
+# ---------------------------------------------------------------------------------------------- 5 flags
 
 
-def fisher_ratio(feat, labels):
-    """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), in float64, by the definition of EWB-FDR's code:
-    S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples, S_W = sum_i (f_i - mu_{y_i})(f_i - mu_{y_i})^T.
-    Dimensions that hardly vary (by 1e-3 of the mean feature) are left out; NaN if S_W is singular all the same."""
-    feat, onehot = feat.double(), F.one_hot(labels).double()
-    n, threshold = onehot.sum(0)[:, None], 1e-3 * feat.mean().abs()  # (C, 1)
-    means = onehot.T @ feat / n.clamp(min=1)  # (C, D)
-    between, within = (means - feat.mean(0)) * n.sqrt(), feat - means[labels]
-    s_b, s_w = between.T @ between, within.T @ within
-    keep = ((feat - feat[0]).abs().amax(0) > threshold) & (s_w.abs().amax(0) > threshold)
-    s_b, s_w = s_b[keep][:, keep], s_w[keep][:, keep]
-    if not keep.any() or torch.linalg.matrix_rank(s_w, hermitian=True) < len(s_w):
-        return math.nan
-    return torch.linalg.solve(s_w, s_b).trace().item()
+def fail(message, code=2):
+    """Bad input: one line on stderr and exit code 2, no traceback."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
 
 
-# ---------------------------------------------------------------------------------------------------- 6 the table
+def guard(main):
+    """Call a script's main(). Ctrl-C, a full disk and a full memory end with one line too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped: the same command goes on from the last saved epoch", code=130)
+    except OSError as error:
+        fail(f"{error}; what was saved is intact, and the same command goes on from there")
+    except (RuntimeError, MemoryError) as error:  # torch has several kinds
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        fail("out of memory: delete the run's folder and try a smaller --batch-size (or --width, --dim)")
 
 
-def row(name, paper, args, acc, acc_flip=None, best_test=None):
-    """A row of a result. paper: {row name: (source, {(dataset, imb_factor): percent})}, as the script states it."""
-    source, numbers = paper.get(name, ("", {}))
-    percent = numbers.get((args.dataset, args.imb_factor)) if args.published else None
-    return {"row": name, "acc": acc, "acc_flip": acc_flip, "best_test": best_test,
-            "paper": percent and {"all": percent, "source": source}}
+def number(kind, low, high):
+    """An argparse type: a number with low <= number < high. NaN is in no interval."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}), not {text}")
+        return value
+    return number
+
+
+ONE_OR_MORE, ZERO_OR_MORE = number(int, 1, 10**6), number(int, 0, 2**32)
+POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
+
+
+def imbalance(text):
+    """An argparse type: a factor, or 'natural'."""
+    return text if text == "natural" else number(float, 1, math.inf)(text)
+
+
+def dataset(text):
+    """An argparse type: the name of a set as it is; anything else is a path, even ./cifar10."""
+    path = os.path.normpath(text)
+    return os.path.join(".", path) if path in DATASETS and path != text else path
+
+
+def base_parser(doc):
+    """The flags of every script. Their defaults, the paper's values, come with parse()."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument_group("common flags").add_argument
+    add("--dataset", type=dataset, default="cifar100",
+        help="cifar10, cifar100, synthetic, or a folder of your own images")
+    add("--data-root", help="folder of the CIFAR files (data), or of the images in your lists (the lists')")
+    add("--imb-factor", type=imbalance, default=100.0,
+        help="images of the largest class over those of the smallest; natural: all images")
+    add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the field's subset")
+    add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
+    add("--image-size", type=number(int, 16, 4096), help="pixels a side: scales and crops your own images")
+    add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
+    add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
+    add("--batch-size", type=ONE_OR_MORE, help="images per step")
+    add("--lr", type=POSITIVE, help="peak learning rate")
+    add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
+    add("--backbone", choices=list(BACKBONES), help="network below the classifier")
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
+        help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
+    add("--no-graph", action="store_true", help="do not replay the steps as CUDA graphs")
+    add("--eval-every", type=ZERO_OR_MORE, default=0, help="score the test set every N epochs and at the end")
+    add("--out", default="runs", help="folder of the runs' folders")
+    return parser
+
+
+def parse(parser, argv, recipe, changes):
+    """Parse argv, twice, since the defaults depend on it: they are the paper's recipe with its changes for
+    --variant and for --dataset (changes["own"] for your own images).
+
+    args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
+    ours.
+    """
+    recipe = {"subset_seed": 0, "val_per_class": 0} | recipe
+    parser.set_defaults(**recipe)
+    first = parser.parse_args(argv)
+    recipe |= changes.get(getattr(first, "variant", None), {})
+    if first.dataset in DATASETS:
+        recipe |= changes.get(first.dataset, {})
+    else:
+        recipe |= changes.get("own", {})
+        parser.set_defaults(imb_factor="natural")
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    args.published = all(getattr(args, flag) == value for flag, value in recipe.items())
+    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------- 6 the run
+
+SAVE_EVERY = 30.0  # seconds
+NO_INFLUENCE = ("out", "data_root", "no_graph", "published", "command")  # args that change no result
+
+
+def save(path, content):
+    """Write text, or torch.save a dict, under another name and rename: the file is whole, or as it was
+    before."""
+    buffer = io.BytesIO()
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # if it did not get that far
+
+
+def load(path):
+    """The dict in a checkpoint, a weights.pt or a state_dict; a damaged or foreign file is refused."""
+    try:
+        if zipfile.ZipFile(path).testzip() is None:
+            return dict(torch.load(path, "cpu", weights_only=True))
+    except Exception:  # zipfile and torch.load raise many kinds; to the user they are one
+        pass
+    fail(f"{path} is missing, damaged, or no checkpoint: delete it, or name another")
+
+
+def same_flags(path, flags, wanted, remedy=""):
+    """Refuse a file that was made with other flags than the wanted ones."""
+    for name in sorted(wanted):
+        if flags.get(name) != wanted[name]:
+            flag = name.replace("_", "-")
+            fail(f"{path} was made with --{flag} {flags.get(name)}, not {wanted[name]}{remedy}")
+
+
+@torch.no_grad()
+def as_linear(classifier, dim, device):
+    """The nn.Linear that an affine map from features (N, dim) to logits (N, C) is."""
+    if isinstance(classifier, nn.Linear):
+        return classifier
+    bias = classifier(torch.zeros(1, dim, device=device))                       # (1, C)
+    weight = (classifier(torch.eye(dim, device=device)) - bias).T               # (C, dim)
+    linear = nn.Linear(dim, len(weight), device=device)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias[0])
+    return linear
+
+
+def load_network(path, row=None):
+    """(net, saved): the network in a run's weights.pt, in evaluation mode: its backbone, with the classifier
+    of a row of the table, or the unadjusted one, as an nn.Linear. saved: the dict in the file
+    (Run.save_weights())."""
+    saved = load(path)
+    try:
+        net = BACKBONES[saved["flags"]["backbone"]](len(saved["classes"]))
+        net.load_state_dict(saved["linear"])
+    except (KeyError, TypeError, RuntimeError):
+        fail(f"{path} is no weights.pt of a run")
+    if row is not None:
+        if row not in saved["rows"]:
+            fail(f"{path} has the rows {', '.join(saved['rows'])}, not {row}")
+        net.fc.load_state_dict(saved["rows"][row])
+    return net.eval(), saved
+
+
+def load_stage1(path, data, wanted):
+    """(net, data, flags) to go on from a run's weights.pt: data normalised as that network was trained, and
+    the flags of that run. wanted: flags that must be as there."""
+    net, saved = load_network(path)
+    same_flags(path, saved["flags"], wanted)
+    if saved["content"] != data.subset["content"]:
+        fail(f"{path} was trained on other images: the data have changed")
+    return net, normalised_as(data, saved["mean"], saved["std"]), saved["flags"]
+
+
+def lock(folder, wait=True):
+    """Keep other processes out of a folder, until os.close() of what is returned or the end of this
+    process."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def choose_device(name):
+    """The torch.device of --device."""
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = gpus[0] if gpus else "cpu"
+    if name not in ("cpu", *gpus) and not (name == "cuda" and gpus):
+        fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
+    return torch.device(name)
+
+
+def paper_number(paper, row, args):
+    """What the paper has for a row, or None; only for the paper's own recipe. paper: see Run."""
+    if row not in paper or not args.published:
+        return None
+    habit, source, numbers = paper[row]
+    percent = numbers.get(args.dataset, {}).get(args.imb_factor)
+    return percent and {"all": percent, "habit": habit, "source": source}
+
+
+class Run:
+    """A run: its folder (see the top of this file), its device, its random numbers, its progress, its rows of
+    the table. paper: {row: (habit, source, {dataset: {imbalance factor: percent}})}, the paper's numbers."""
+
+    def __init__(self, args, method, variant, paper):
+        self.args, self.method, self.variant, self.paper = args, method, variant, paper
+        self.device = choose_device(args.device)
+        self._set_arithmetic()
+        self.flags = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE}
+        self.flags |= {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
+        if getattr(args, "stage1", None):  # the same name may hold another network when the run goes on
+            try:
+                stage1 = Path(args.stage1).read_bytes()
+            except OSError as error:
+                fail(f"--stage1 {args.stage1}: {error.strerror}")
+            self.flags["stage1_sha256"] = hashlib.sha256(stage1).hexdigest()[:16]
+        factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
+        dataset = Path(args.dataset).resolve().name
+        self.folder = Path(args.out, f"{method}-{variant}-{dataset}-{factor}-seed{args.seed}")
+        self._enter_folder()
+        torch.manual_seed(args.seed)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
+        self.history, self.best_test = [], None
+        self.rows, self.logits, self.classifiers = [], {}, {}
+
+    def _set_arithmetic(self):
+        """Precision and determinism; 'auto' as the help of --precision says."""
+        gpu = self.device.type == "cuda"
+        self.precision = self.args.precision
+        if self.precision == "auto" and gpu:
+            self.precision = "bf16" if self.args.backbone == "resnet34" else "tf32"
+        elif self.precision == "auto":
+            self.precision = "fp32"
+        if self.precision == "tf32" and not gpu:
+            fail("--precision tf32 needs a GPU; a CPU has fp32 and bf16")
+        threads = torch.get_num_threads()
+        self.machine = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
+        if gpu:
+            torch.cuda.set_device(self.device)  # streams and graphs are made on the current device
+            self.machine = torch.cuda.get_device_name()
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"   # convolutions; matrix products are fp32
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products on a GPU
+        torch.use_deterministic_algorithms(self.args.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and helps no result
+
+    def _enter_folder(self):
+        """Make and lock the folder. Ends here if the run is finished; refuses the folder if it holds another
+        run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder, wait=False)
+        except BlockingIOError:
+            fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
+        except OSError as error:
+            fail(f"--out {self.args.out}: cannot write there ({error.strerror})")
+        path = self.folder / "result.json"
+        if path.exists():
+            result, = load_results(path)
+            same_flags(path, result["flags"], self.flags, ": choose another --out, or delete the folder")
+            print(f"{self.folder} is finished; delete the folder to run it again\n{table([result])}")
+            raise SystemExit(0)
+
+    def begin(self, data, net, augmentation="crop, flip"):
+        """All is checked: print what is trained on what."""
+        self.data = data
+        self.params = sum(p.numel() for p in net.parameters())
+        groups = [f"{group.sum()} {name}" for name, group in shot_groups(data.counts).items()]
+        names = data.classes
+        if len(names) > 6:
+            names = names[:3] + ["..."] + names[-3:]
+        held_out = len(data.val.labels) if data.val else 0
+        print(f"{self.method}, {self.variant}, {self.args.dataset} -> {self.folder}")
+        print("  subset:     {total:,} images, sha256 {sha256}".format(**data.subset))
+        print(f"  training:   {sum(data.counts):,} images, {max(data.counts)} to {min(data.counts)} a class")
+        print(f"  classes:    {', '.join(groups)}: {', '.join(names)}")
+        print(f"  held out:   {held_out:,} for validation, {len(data.test.labels):,} for the test")
+        print(f"  network:    {self.args.backbone}, {self.params:,} parameters")
+        print(f"  batches:    {self.args.batch_size} images, {augmentation}")
+        print(f"  arithmetic: {self.precision} on {self.machine}, seed {self.args.seed}", flush=True)
+
+    def autocast(self):
+        """For the forward pass: bf16 where --precision says so. Losses are computed outside of it, in
+        fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def captured(self, step, net, optimizer):
+        return captured(step, net, optimizer, enabled=not self.args.no_graph)
+
+    def epochs(self, stage, total, net, optimizer):
+        """Yield the epochs of a stage that are still to do; the script ends each of them with log().
+
+        The state is saved every SAVE_EVERY seconds, after the last epoch, and after the one in which Ctrl-C
+        is pressed. A process that is killed loses what came after the last save.
+        """
+        self.stage, self.total, self.optimizer, self.best_test = stage, total, optimizer, None
+        self.stopped, saved, pause = False, time.monotonic(), SAVE_EVERY
+        first = self._resume(net) if self._checkpoint().exists() else 0
+        interrupt = signal.getsignal(signal.SIGINT)
+        if interrupt is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._stop_after_epoch)
+        self.bar = tqdm(range(first, total), stage, total, initial=first, unit="epoch", disable=None)
+        for self.epoch in self.bar:
+            self.began = time.monotonic()
+            yield self.epoch
+            now = time.monotonic()
+            if self.epoch + 1 == total or self.stopped or now - saved > pause:
+                self._save(net)
+                saved = time.monotonic()
+                pause = max(SAVE_EVERY, 100 * (saved - now))  # saving takes 1 % of the time or less
+            if self.stopped:
+                raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, interrupt)
+
+    def _stop_after_epoch(self, *_):
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this epoch; Ctrl-C again stops at once and loses it", file=sys.stderr)
+
+    def _checkpoint(self):
+        return self.folder / f"{self.stage}.ckpt"  # one per stage: stage 2 goes on from both
+
+    def _save(self, net):
+        save(self._checkpoint(), {
+            "flags": self.flags, "subset": self.data.subset, "net": net.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+            "epoch": self.epoch + 1, "history": self.history, "best_test": self.best_test})
+        save(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def _resume(self, net):
+        """Load the stage's checkpoint; returns the number of epochs done."""
+        path = self._checkpoint()
+        state = load(path)
+        same_flags(path, state.get("flags", {}), self.flags, ": choose another --out, or delete the folder")
+        if state["subset"] != self.data.subset:
+            fail(f"{path} is of other images: the data have changed; delete the folder to start again")
+        try:
+            net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError):
+            fail(f"{path} does not fit this version of the script: delete the folder to start again")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].to(self.device)
+        self.generator.set_state(state["generator"])
+        self.history, self.best_test = state["history"], state["best_test"]
+        print(f"  {self.stage}: resumed after epoch {state['epoch']} of {self.total}", flush=True)
+        return state["epoch"]
+
+    def log(self, losses, **extra):
+        """End an epoch. losses: the 0-d losses of its steps; one that is not finite ends the run. extra: for
+        log.jsonl."""
+        loss = torch.stack(losses).mean().item()
+        lr = self.optimizer.param_groups[0]["lr"].item()
+        seconds = time.monotonic() - self.began
+        done = self.epoch + 1
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} in epoch {done} of {self.stage}: delete {self.folder} and try a lower "
+                 "--lr, or --precision fp32")
+        line = {"stage": self.stage, "epoch": done, "loss": loss, "lr": lr, "seconds": seconds}
+        self.history.append(line | extra)
+        speed = len(self.data.train.labels) / seconds
+        text = f"loss {loss:.4f}, lr {lr:.4g}, {speed:.0f} images/s"
+        left = (self.total - done) * seconds
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and done % max(1, self.total // 10) == 0:  # no terminal: lines instead of a bar
+            print(f"  {self.stage}, epoch {done} of {self.total}: {text}, {left:.0f} s left", flush=True)
+        if done == 1 and left > 1200 and self.device.type == "cpu":
+            print(f"  without a GPU {self.stage} takes about {left / 3600:.1f} hours; --precision bf16 halves"
+                  " that on a processor with bf16 instructions", flush=True)
+
+    def test_now(self):
+        """Whether --eval-every asks for the test set after this epoch; if at all, then after the last one
+        too."""
+        every = self.args.eval_every
+        return every > 0 and ((self.epoch + 1) % every == 0 or self.epoch + 1 == self.total)
+
+    def tested(self, logits, **extra):
+        """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the
+        test set; extra: for log.jsonl."""
+        accuracy = report(logits, self.data.test.labels, self.data.counts)["all"]
+        self.best_test = max(self.best_test or 0.0, accuracy)
+        self.history[-1] |= extra
+
+    def test(self, net):
+        """Pass the test images and their mirror images through the network, for score() and finish()."""
+        self.classifiers = {}  # of rows that were scored before: they belong to another network
+        test = self.data.test
+        self.feat = features(net, test)                                         # (N, D)
+        mirrored = features(net, test._replace(images=test.images.flip(2)))
+        self.feat_flip = (self.feat + mirrored) / 2
+
+    @torch.no_grad()
+    def score(self, row, classifier, best_test=None, strength=None):
+        """Add a row to the table. classifier: the affine map from features (N, D) to the logits (N, C) to be
+        scored. strength: of a post-hoc adjustment in it."""
+        labels, counts = self.data.test.labels, self.data.counts
+        logits = classifier(self.feat)
+        if not logits.isfinite().all():
+            fail(f"the test logits are not finite: delete {self.folder} and try a lower --lr")
+        self.rows.append({
+            "row": row,
+            "acc": report(logits, labels, counts),
+            "acc_flip": report(classifier(self.feat_flip), labels, counts),
+            "best_test": best_test,
+            "strength": strength,
+            "paper": paper_number(self.paper, row, self.args)})
+        self.logits[row] = logits.cpu()
+        self.classifiers[row] = as_linear(classifier, self.feat.shape[1], self.device)
+
+    def save_weights(self, path, net, flags):
+        """What a network needs to be used. linear: the backbone with an nn.Linear as fc, for load_weights()
+        and load_network(); rows: the nn.Linear of each row of the table."""
+        data, test = self.data, self.data.test
+        fc = as_linear(net.fc, self.feat.shape[1], self.device)
+        linear = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
+        linear |= {"fc.weight": fc.weight.detach(), "fc.bias": fc.bias.detach()}
+        save(path, {
+            "net": net.state_dict(), "linear": linear,
+            "rows": {row: classifier.state_dict() for row, classifier in self.classifiers.items()},
+            "flags": flags, "classes": data.classes, "counts": data.counts, "content": data.subset["content"],
+            "size": test.images.shape[1], "mean": test.mean, "std": test.std})
+
+    def finish(self, net, headline=None, **metrics):
+        """Keep the weights, the test logits and, last, the result. headline: the row that the paper is about,
+        the last one if not given."""
+        args, data = self.args, self.data
+        headline = headline or self.rows[-1]["row"]
+        labels = data.test.labels.cpu()
+        if torch.bincount(labels).unique().numel() > 1:  # else it is the mean of the recalls
+            hits = self.logits[headline].argmax(1) == labels
+            metrics["overall accuracy"] = 100 * hits.double().mean().item()
+        if data.val:  # by which flags may be chosen
+            logits = self.classifiers[headline](features(net, data.val))
+            metrics["val"] = report(logits, data.val.labels, data.counts)
+        seconds = sum(line["seconds"] for line in self.history)
+        speed = len(data.train.labels) * len(self.history) / max(seconds, 1e-9)
+        memory = torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None
+        result = {
+            "method": self.method,
+            "variant": self.variant,
+            "dataset": args.dataset,
+            "imb_factor": args.imb_factor,
+            "seed": args.seed,
+            "headline": headline,
+            "rows": self.rows,
+            "metrics": metrics,
+            "command": f"methods/{self.method}.py {args.command}".strip(),
+            "flags": self.flags,
+            "subset": data.subset,
+            "params": self.params,
+            "seconds": round(seconds, 1),
+            "images_per_s": round(speed),
+            "peak_memory_mb": memory,
+            "device": self.machine,
+            "precision": self.precision,
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d")}
+        result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
+        self.save_weights(self.folder / "weights.pt", net, self.flags)
+        save(self.folder / "test_logits.pt", {
+            "logits": net.fc(self.feat).detach().cpu(), "labels": labels, "counts": torch.tensor(data.counts),
+            "classes": data.classes, "rows": self.logits,
+            "strengths": {row["row"]: row["strength"] for row in self.rows}})
+        save(self.folder / "result.json", json.dumps(result) + "\n")
+        for path in self.folder.glob("*.ckpt"):
+            path.unlink()
+        for name, value in result["metrics"].items():
+            print(f"  {name}: {value}")
+        print(table([result]))
+
+
+# ---------------------------------------------------------------------------------------------- 7 results
+
+NOT_IN_TABLE = r" --(seed|out|device|data-root|eval-every)[ =]('[^']*'|\S+)"  # flags of a command
+
+def load_results(path):
+    """The results in every result.json below a folder, or in the lines of a file."""
+    results = []
+    try:
+        for file in sorted(path.rglob("result.json")) if path.is_dir() else [path]:
+            lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            table(lines)  # raises if a field is missing
+            results += lines
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path}: no results ({type(error).__name__}: {error})")
+    if not results:
+        fail(f"{path}: no finished run is there")
+    return results
+
+
+def mean_std(values, digits=1):
+    """Mean ± standard deviation (n - 1) in words; None is left out."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
+
+
+def all_but_seed(result):
+    """Text that is equal for runs that differ in nothing but the seed."""
+    flags = result["flags"] | dict.fromkeys(("seed", "device", "eval_every", "stage1_sha256"))
+    flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
+    return json.dumps([flags, result["subset"]], sort_keys=True)
 
 
 def table(results):
-    """Markdown of result lines: mean ± standard deviation (n - 1) over the seeds of runs that differ in nothing else; of two
-    runs with the same seed the later counts. A line whose acc is null announces a run that is still to be made."""
-    groups, done = {}, {(r["method"], e["row"], r["dataset"], r["imb_factor"]) for r in results for e in r["rows"] if e["acc"]}
+    """Markdown, a table for each data set. A line is the mean ± standard deviation of runs that differ in
+    nothing but the seed."""
+    columns = ["method", "row", "paper", "ours", "many / medium / few", "flip", "seeds", "time", "command"]
+    groups = {}  # what the runs of a line have in common -> seed -> (result, row)
     for result in results:
-        flags = {k: v for k, v in result["flags"].items() if k not in ("seed", "device", "eval_every", "stage1_sha256")}
-        flags["content"] = result.get("subset", {}).get("content")
-        flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
-        for entry in result["rows"]:
-            key = result["method"], entry["row"], result["dataset"], result["imb_factor"]
-            if entry["acc"] or key not in done:
-                groups.setdefault((*key, json.dumps(flags, sort_keys=True)), {})[result["seed"]] = result, entry
+        data = result["dataset"], result["imb_factor"]
+        for row in result["rows"]:
+            line = *data, result["method"], row["row"], all_but_seed(result)
+            groups.setdefault(line, {})[result["seed"]] = result, row
 
-    def cell(values):
-        values = [v for v in values if v is not None]
-        return (f"{np.mean(values):.1f}" if values else "") + (f" ± {np.std(values, ddof=1):.1f}" if values[1:] else "")
-    lines = [["method", "row", "data, IF", "paper", "all", "many", "medium", "few", "flip", "best on test", "s / run", "device",
-              "seeds", "command"]]
-    for (method, name, dataset, factor, _), seeds in groups.items():
-        runs, entries = zip(*seeds.values())
-        command = re.sub(r" --(overwrite|(seed|out|device|data-root|eval-every)[ =]\S+)", "", runs[0]["command"])
-        paper = entries[0]["paper"]
-        acc, flip = ([e[k] or {} for e in entries] for k in ("acc", "acc_flip"))
-        lines.append([method, name, f"{dataset}, {factor:g}" if factor != "natural" else dataset,
-                      f"{paper['all']} ({paper['source']})" if paper else "", cell([a.get("all") for a in acc]) or "not run",
-                      *(cell([a.get(k) for a in acc]) for k in ("many", "medium", "few")), cell([f.get("all") for f in flip]),
-                      cell([e.get("best_test") for e in entries]), cell([r["seconds"] for r in runs]),
-                      " / ".join(dict.fromkeys(r["device"] for r in runs if r.get("device"))),
-                      " ".join(str(seed) for seed in seeds if seed is not None), f"`{command}`"])
-    keep = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line[k] or "-" for k in keep) + " |" for line in lines)
+    lines, sources, title = [], [], None
+    for (dataset, factor, method, name, _), seeds in groups.items():
+        if title != (dataset, factor):
+            title = dataset, factor
+            imbalance = factor if factor == "natural" else f"factor {factor:g}"
+            lines += ["", f"{dataset}, imbalance: {imbalance}", "", "| " + " | ".join(columns) + " |"]
+            lines.append("| --- " * len(columns) + "|")
+        runs = [result for result, _ in seeds.values()]
+        rows = [row for _, row in seeds.values()]
+        paper = rows[0]["paper"]
+        if paper and paper["source"] not in sources:
+            sources.append(paper["source"])
+        reference = "-"
+        if paper:
+            footnote = sources.index(paper["source"]) + 1
+            reference = " ".join(f"{paper['all']} {paper['habit']} [{footnote}]".split())
+        scores = {group: mean_std([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
+        time_taken = np.mean([run["seconds"] for run in runs]) / 3600
+        command = re.sub(NOT_IN_TABLE, "", runs[0]["command"])
+        devices = sorted({run["device"] for run in runs})
+        cells = [
+            method,
+            name,
+            reference,
+            scores["all"],
+            "{many} / {medium} / {few}".format(**scores),
+            mean_std([row["acc_flip"]["all"] for row in rows]),
+            " ".join(map(str, seeds)),
+            f"{time_taken:.2g} h, {' / '.join(devices)}",
+            f"`{command}`"]
+        lines.append("| " + " | ".join(cells) + " |")
+    for k, source in enumerate(sources):
+        lines += ["", f"[{k + 1}] {source}"]
+    return "\n".join(lines[1:])
+
+
+@torch.no_grad()
+def classify(net, saved, paths):
+    """(len(paths), C) probabilities of image files; net, saved: from load_network()."""
+    try:
+        images = np.stack([read_image(Path(path), saved["size"]) for path in paths])
+    except ValueError as error:
+        fail(error)
+    split = Split(torch.from_numpy(images), None, saved["mean"], saved["std"])
+    return predict(net, split)[0].softmax(1)
+
+
+def print_predictions(run, row, paths):
+    """The five most probable classes of images."""
+    net, saved = load_network(Path(run, "weights.pt"), row)
+    for path, probabilities in zip(paths, classify(net, saved, paths)):
+        likely = probabilities.argsort(descending=True)[:5].tolist()
+        words = [f"{saved['classes'][c]} {100 * probabilities[c]:.1f} %" for c in likely]
+        print(f"{path}: {', '.join(words)}")
+
+
+def print_classes(run):
+    """The accuracy of every class, in every row of the table."""
+    saved = load(Path(run, "test_logits.pt"))
+    scores = [recalls(logits, saved["labels"], len(saved["counts"])) for logits in saved["rows"].values()]
+    print("| class | training images | " + " | ".join(saved["rows"]) + " |")
+    print("| --- " * (2 + len(scores)) + "|")
+    for c, name in enumerate(saved["classes"]):
+        cells = [f"{score[c]:.1f}" for score in scores]
+        print(f"| {name} | {saved['counts'][c]} | {' | '.join(cells)} |")
+
+
+def main():
+    words = sys.argv[1:]
+    if words[:1] == ["predict"] and len(words) > 3:
+        print_predictions(words[1], words[2], words[3:])
+    elif words[:1] == ["classes"] and len(words) == 2:
+        print_classes(words[1])
+    elif len(words) == 1:
+        print(table(load_results(Path(words[0]))))
+    else:
+        fail("usage: python common.py RUNS, or classes RUN, or predict RUN ROW IMAGE...")
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        fail("usage: python common.py RESULTS.jsonl [MORE.jsonl ...]")
-    guard(lambda: print(table([result for name in sys.argv[1:] for result in load_results(Path(name))]), flush=True))
+    guard(main)

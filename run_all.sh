@@ -3,95 +3,92 @@
 #
 #   bash run_all.sh                  the generated data set: minutes on a CPU, nothing to download
 #   bash run_all.sh cifar100         the papers' recipes on CIFAR-100-LT (or cifar10): wants a GPU
-#   bash run_all.sh one-protocol     CIFAR-100-LT with one network, augmentation, batch size, number of epochs and set of
-#                                    training images for all; what a method is (losses, rates, second stage) stays its own.
-#                                    ResNet-34, as a simplex of 100 class vectors does not fit ResNet-32's 64 features
+#   bash run_all.sh one-protocol     CIFAR-100-LT with one network, augmentation, batch size, number of epochs and set
+#                                    of training images for all; what a method is (losses, rates, second stage) stays
+#                                    its own. ResNet-34, as a simplex of 100 vectors does not fit ResNet-32's features
 #
 #   SEEDS="0 1 2"  IMB="100 50 10"  METHODS="lort rbl"  JOBS=4 (runs at a time)  OUT=runs
 #   FLAGS="--epochs 2" OUT=runs/quick     flags for every run; runs with other flags need another folder
 #
-# A recorded run is not run again, an interrupted one goes on where it was, and a failing one does not stop the others.
-set -u
+# A finished run is not made again, an interrupted one goes on where it was, and a failing one does not stop the others.
+set -uf  # f: words are split, but never taken for file patterns
 cd "$(dirname "$0")" || exit 2
-usage() { echo "error: $1" >&2; exit 2; }
-(($# <= 1)) || set -- "$*"  # refused below
-dataset=${1:-synthetic} seeds="0 1 2" jobs=1 protocol=() rbl=() lort=()
-largest=500  # images of the largest class
-case "$dataset" in
-    synthetic) seeds=0 jobs=$(($(nproc) < 4 ? $(nproc) : 4)) largest=250 ;;
-    cifar10) protocol=(--eval-every 5) largest=5000 ;;
-    cifar100) protocol=(--eval-every 5) ;;
-    one-protocol)
-        dataset=cifar100 rbl=(--augment crop) lort=(--init he)
-        protocol=(--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20) ;;
-    *) usage "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
-esac
-read -d '' -ra seeds <<< "${SEEDS:-$seeds}"
-read -d '' -ra factors <<< "${IMB:-100}"
-read -d '' -ra flags <<< "${FLAGS:-}"
-read -d '' -ra methods <<< "${METHODS-$(cd methods && echo *.py)}"
-jobs=${JOBS:-$jobs}
-out=${OUT:-runs}/${1:-synthetic}
-trap 'trap - INT TERM; kill 0' INT TERM  # and none of the runs goes on alone
-[[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || usage "JOBS=$jobs: a number of runs, from 1 to 999"
-[[ "${seeds[*]}" =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] || usage "SEEDS=${seeds[*]}: whole numbers"
-[[ "${factors[*]}" =~ ^[1-9][0-9]*(\ [1-9][0-9]*)*$ ]] || usage "IMB=${factors[*]}: whole numbers"
-[[ " ${flags[*]}" =~ \ --(seed|imb-factor|dataset|out|help)(=|\ |$) ]] && usage "FLAGS=${flags[*]}: SEEDS, IMB and OUT set these"
-((${#methods[@]})) || usage "METHODS names no script"
-for name in "${methods[@]%.py}"; do
-    [[ $name != */* && -f methods/$name.py ]] || usage "METHODS=${methods[*]}: there is no methods/$name.py"
-done
-mkdir -p "$out/logs" 2> /dev/null || usage "OUT=${OUT:-runs}: cannot write there"
-: > "$out/logs/failed"
-if ((jobs > 1)); then export OMP_NUM_THREADS=$((($(nproc) + jobs - 1) / jobs)); fi
+refuse() { echo "error: $1" >&2; exit 2; }
 
-run() {  # one script with its flags, unless results.jsonl holds a run by the same command
-    [[ " ${methods[*]%.py} " == *" ${1%.py} "* ]] || return
-    local command=(methods/"$@" "${protocol[@]}" --dataset "$dataset" --imb-factor "$factor" --seed "$seed" --out "$out" "${flags[@]}")
-    local log="$out/logs/$(tr -c 'a-z0-9.\n' '-' <<< "${*//$out\//} if$factor seed$seed").txt"
-    if grep -qsF "\"command\": \"${command[*]}\"" "$out/results.jsonl"; then
-        echo "recorded: ${command[*]}"
+(($# <= 1)) || refuse "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]"
+protocol=${1:-synthetic} dataset=$protocol shared="--eval-every 5" rbl="" lort="" default_seeds="0 1 2" largest=500
+case $protocol in
+    synthetic) shared="" default_seeds=0 largest=250 ;;
+    cifar10) largest=5000 ;;
+    cifar100) ;;
+    one-protocol)
+        dataset=cifar100 rbl="--augment crop" lort="--init he"
+        shared="--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20" ;;
+    *) refuse "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
+esac
+SEEDS=${SEEDS-$default_seeds} IMB=${IMB-100} FLAGS=${FLAGS-} OUT=${OUT-runs}/$protocol
+METHODS=${METHODS-rbl ewb_fdr lwr lort hinge_ce}
+JOBS=${JOBS-$([[ $protocol == synthetic ]] && nproc || echo 1)}
+
+python=$(command -v python || command -v python3) || refuse "there is no python: activate the environment first"
+[[ $JOBS =~ ^[1-9][0-9]?$ ]] || refuse "JOBS=$JOBS: a number of runs, from 1 to 99"
+[[ $SEEDS =~ [0-9] && $IMB =~ [0-9] && $METHODS =~ [a-z] ]] || refuse "SEEDS, IMB or METHODS is empty"
+for number in $SEEDS $IMB; do
+    [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || refuse "SEEDS and IMB are whole numbers, not $number"
+done
+for name in $METHODS; do
+    [[ -f methods/$name.py && $name != */* ]] || refuse "METHODS: there is no methods/$name.py"
+done
+for flag in $FLAGS; do
+    [[ $flag =~ ^--(seed|imb-factor|dataset|out|help)(=|$) ]] && refuse "FLAGS: SEEDS, IMB and OUT set ${flag%%=*}"
+done
+mkdir -p "$OUT/logs" 2> /dev/null || refuse "OUT: cannot write to $OUT"
+: > "$OUT/logs/failed"
+((JOBS == 1)) || export OMP_NUM_THREADS=$((($(nproc) + JOBS - 1) / JOBS))
+trap 'trap - INT TERM; kill 0' INT TERM  # stops the runs too
+
+run() {  # run SCRIPT FLAGS...: one run of this seed and imbalance factor
+    local words="methods/$1.py ${*:2} $shared --dataset $dataset --imb-factor $factor --seed $seed"
+    local log="$OUT/logs/$(tr -cs 'a-z0-9.\n' '-' <<< "$1 ${*:2} if$factor seed$seed").txt" began=$SECONDS
+    [[ " $METHODS " == *[[:space:]]"$1"[[:space:]]* ]] || return
+    echo "started:  $words"
+    if "$python" $words --out "$OUT" $FLAGS > "$log" 2>&1; then
+        echo "finished: $words ($((SECONDS - began)) s)"
     else
-        echo "started:  ${command[*]}"
-        local began=$SECONDS
-        if python "${command[@]}" > "$log" 2>&1; then
-            echo "finished: ${command[*]} ($((SECONDS - began)) s)"
-        else
-            echo "FAILED:   ${command[*]}: $(tail -n 1 "$log")" | tee -a "$out/logs/failed"
-        fi
+        echo "FAILED:   $words: $(tail -n 1 "$log")" | tee -a "$OUT/logs/failed"
     fi
 }
 
-weight_balancing() {  # wb's stage 1 is the wd run: the same recipe, so the same weights
-    run ewb_fdr.py --variant wd
-    local stage1="$out/ewb_fdr-wd-$dataset-if$factor-seed$seed/weights.pt"
-    run ewb_fdr.py --variant wb --stage1 "$stage1"
-    run ewb_fdr.py --variant wb --stage1 "$stage1" --cb-loss ce
+weight_balancing() {  # the first stage of wb is the wd run: the same recipe, so the same weights
+    run ewb_fdr --variant wd
+    local stage1="$OUT/ewb_fdr-wd-$dataset-if$factor-seed$seed/weights.pt"
+    run ewb_fdr --variant wb --stage1 "$stage1"
+    run ewb_fdr --variant wb --stage1 "$stage1" --cb-loss ce
 }
 
-queue() {  # run the given function and arguments in the background, `jobs` at a time
-    while (($(jobs -rp | wc -l) >= jobs)); do wait -n; done
+begin() {  # begin COMMAND...: in the background, when fewer than JOBS are at work
+    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
     "$@" &
 }
 
-for seed in "${seeds[@]}"; do
-    for factor in "${factors[@]}"; do
-        queue weight_balancing
-        for variant in ce cb etf fr-etf; do queue run ewb_fdr.py --variant $variant; done
-        queue run lort.py "${lort[@]}"
-        for head in linear fixed rbl; do queue run rbl.py --head $head "${rbl[@]}"; done
+for seed in $SEEDS; do
+    for factor in $IMB; do
+        begin weight_balancing
+        for variant in ce cb etf fr-etf; do begin run ewb_fdr --variant $variant; done
+        begin run lort $lort
+        for head in linear fixed rbl; do begin run rbl --head $head $rbl; done
         for base in bs ce-drw focal la; do
-            queue run lwr.py --base $base --strength 0
-            queue run lwr.py --base $base
+            begin run lwr --base $base --strength 0
+            begin run lwr --base $base
         done
-        for variant in ce ce-etf; do queue run hinge_ce.py --variant $variant; done
-        ((largest / factor > 50)) || queue run hinge_ce.py --variant hinge  # else no class is small enough for a cone
+        for variant in ce ce-etf; do begin run hinge_ce --variant $variant; done
+        ((largest / factor > 50)) || begin run hinge_ce --variant hinge  # else no class is small enough for a cone
     done
 done
 wait
-[ -s "$out/results.jsonl" ] && python common.py "$out/results.jsonl"
-if [ -s "$out/logs/failed" ]; then
-    echo "error: these runs failed, their logs are in $out/logs:" >&2
-    cat "$out/logs/failed" >&2
+"$python" common.py "$OUT"
+if [[ -s $OUT/logs/failed ]]; then
+    echo "error: these runs failed, their logs are in $OUT/logs:" >&2
+    cat "$OUT/logs/failed" >&2
     exit 1
 fi

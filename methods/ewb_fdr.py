@@ -1,38 +1,49 @@
-"""EWB-FDR: Exploring Weight Balancing on Long-Tailed Recognition Problem. Hasegawa, Sato, ICLR 2024. It takes apart
-WB: Long-Tailed Recognition via Weight Balancing. Alshammari, Wang, Ramanan, Kong, CVPR 2022.
+"""EWB-FDR: Exploring Weight Balancing on Long-Tailed Recognition Problem. Hasegawa, Sato, ICLR 2024.
+It takes apart WB: Long-Tailed Recognition via Weight Balancing. Alshammari, Wang, Ramanan, Kong, CVPR 2022.
 
-Idea: tuned weight decay makes features separable (a high Fisher ratio); WB's second stage only rescales the classifier.
-So one stage does: weight decay, small features and a fixed simplex ETF, then multiplicative logit adjustment.
+Idea: tuned weight decay makes features separable (a high Fisher ratio); WB's second stage only rescales the
+classifier. So one stage does: weight decay, small features and a fixed simplex ETF, then multiplicative logit
+adjustment.
 
     z_k = <w_k, f(x)> + b_k,  pi_k = n_k / N
-    CE, CB          cross-entropy; the mean of c_y times it,  c_k = K v_k / sum_j v_j,  v_k = (1-beta) / (1-beta^n_k)
+    CE, CB          cross-entropy; the mean of c_y times it,
+                    c_k = K v_k / sum_j v_j,  v_k = (1 - beta) / (1 - beta^n_k)
     WD              + lambda/2 |theta|^2, all parameters (the optimizer's weight decay)
     ETF             w_k fixed to a simplex ETF, b learned
     FR              + zeta/2 mean_i |f(x_i)|^2
-    additive LA     z_k - tau log pi_k                       after training
-    multiplicative  z_k pi_k^-gamma                          after training, the rows w_k scaled to norm 1 first
-    WB stage 2      b, w alone: CB loss, weight decay 0.1, and once an epoch MaxNorm: w_k <- w_k min(1, Delta / |w_k|),
-                    Delta = min |w| + 0.1 (max |w| - min |w|) of stage 1
+    additive LA     z_k - tau log pi_k              after training
+    multiplicative  z_k pi_k^-gamma                 after training, the rows w_k scaled to norm 1 first
+    WB stage 2      b, w alone: CB loss, weight decay 0.1, and once an epoch MaxNorm:
+                    w_k <- w_k min(1, Delta / |w_k|),  Delta = min |w| + 0.1 (max |w| - min |w|) of stage 1
 
---variant  ce: CE | cb: CB | wd: CE + WD | wb: wd, then WB's stage 2 | etf: wd + ETF | fr-etf: wd + ETF + FR, the paper's own
+--variant  ce: CE   cb: CB   wd: CE + WD   wb: wd, then WB's stage 2   etf: wd + ETF
+           fr-etf: wd + ETF + FR, EWB's own method
 
-To reproduce, CIFAR-100-LT, IF 100, ResNet-34: ce 38.4, wd 46.1, wb 53.4 (WB Tables 1, 2; the released log of its code,
-last epoch without flip: 39.1, 46.8, 51.8); fr-etf with multiplicative adjustment 53.0 (as quoted by LORT); the Fisher
-ratio rises wd < etf < fr-etf. EWB's released gamma is 0.65 (CIFAR-10: 1.6), a check of what --variant fr-etf chooses.
+To reproduce, CIFAR-100-LT, IF 100, ResNet-34: ce 38.4, wd 46.1, wb 53.4 (WB, Tables 1 and 2, 200 epochs; the
+released log of its code, 320 epochs, last one, without flip: 39.1, 46.8, 51.8); fr-etf with multiplicative
+adjustment 53.0 (as quoted by LORT); the Fisher ratio rises wd < etf < fr-etf. EWB's released gamma is 0.65
+(CIFAR-10: 1.6), a check of what --variant fr-etf chooses.
 
-Code read: ShadeAlsha/LTR-weight-balancing (WB), HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB).
+Code read: ShadeAlsha/LTR-weight-balancing (WB),
+HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB).
 Departures
-- 20 validation images a class choose tau and gamma; at IF 100 the head class loses 20 training images for them. WB has
-  none and selects on the test set; EWB has such a set too, beside 480 images of the head class. Last epoch, not the best.
-- --cb-loss: WB's code takes the binary cross-entropies of the softmax, averaged over the K classes ("bce"), and EWB's the
-  weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the first, cb to the second.
-- Where WB's text and code differ we follow the code: ResNet-34 (text: 32), 320 epochs (text: 200, which gave its 46.1),
-  MaxNorm once an epoch (text: after every batch). CIFAR-10 too has WB's mean and deviation and the field's shot groups.
+- 20 validation images a class choose tau and gamma; at IF 100 the head class loses 20 training images for
+  them. WB has none and selects on the test set. Last epoch, not the best.
+- The field's shuffled subset. Both codes take the first images of each class, and EWB's profile is another,
+  round(480 IF^(-c/99)), 10,457 images, beside such validation images.
+- --cb-loss: WB's code takes the binary cross-entropies of the softmax, averaged over the K classes ("bce"),
+  and EWB's the weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the
+  first, cb to the second.
+- Where WB's text and code differ: ResNet-34 as in the code (text: 32), MaxNorm once an epoch as in the code
+  (text: after every batch), 200 epochs for ce, wd and wb as in the text (code: 320, as EWB's). CIFAR-10 too
+  has WB's mean and deviation and the field's shot groups. For it EWB's text has 0.02 for a lost symbol,
+  perhaps zeta; its file has zeta 0.01.
 - As in both codes, stage 2 leaves normalisation in training mode. Our cosine starts at lr; theirs ends at 0.
-- S_B of the Fisher ratio is around the mean of all samples, as in EWB's code (text: of the class means), and the training
-  images are not augmented (code: they are).
+- S_B of the Fisher ratio is around the mean of all samples, as in EWB's code (text: of the class means), and
+  the training images are not augmented (code: they are). Where two dimensions are equal, ours is NaN.
 
-    python methods/ewb_fdr.py --variant fr-etf           python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
+    python methods/ewb_fdr.py --variant fr-etf
+    python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
 """
 import math
 import sys
@@ -48,18 +59,29 @@ import common
 
 
 def class_balanced_weights(counts, beta):
-    """(K,) weights proportional to (1 - beta) / (1 - beta^n_k), with mean 1 (Cui et al. 2019). counts: K ints."""
+    """(K,) weights proportional to (1 - beta) / (1 - beta^n_k), with mean 1 (Cui et al. 2019). counts: K
+    ints."""
     effective = 1 - beta ** torch.tensor(counts, dtype=torch.float64)
     return (len(counts) / effective / (1 / effective).sum()).float()
+
+
+def log_one_minus_softmax(logits):
+    """log(1 - p_j), p = softmax(logits), (B, K), exact where p_j is nearly 1 too: that can only be the
+    largest one."""
+    total = logits.logsumexp(1, keepdim=True)                                   # (B, 1)
+    rest = torch.log1p(-(logits - total).clamp(max=-0.5).exp())                 # right where p_j <= 1/2
+    largest = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
+    return rest.scatter(1, largest, others - total)
 
 
 def class_balanced_loss(logits, labels, weights, form):
     """Both published forms; logits (B, K), labels (B,), weights (K,)."""
     if form == "ce":                                                          # EWB: mean_i c_y CE_i
         return (weights[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()
-    own, log_p = F.one_hot(labels, logits.shape[1]).bool(), logits.log_softmax(1)
-    log_rest = torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))                  # log(1 - p)
-    return -(weights[labels][:, None] * torch.where(own, log_p, log_rest)).mean()  # WB: mean_ij c_y BCE(p_ij, [j = y])
+    own = F.one_hot(labels, logits.shape[1]).bool()                             # (B, K)
+    bce = -torch.where(own, logits.log_softmax(1), log_one_minus_softmax(logits))
+    return (weights[labels][:, None] * bce).mean()  # WB: mean_ij c_y BCE(p_ij, [j = y])
 
 
 def feature_regularization(feat):
@@ -70,7 +92,8 @@ def feature_regularization(feat):
 @torch.no_grad()
 def max_norm_(weight, delta):
     """In place: w_k <- w_k min(1, delta / |w_k|); weight (K, D)."""
-    return weight.mul_((delta / weight.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1))
+    norm = weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return weight.mul_((delta / norm).clamp(max=1))
 
 
 def max_norm_threshold(weight):
@@ -86,33 +109,61 @@ def additive_la(logits, counts, tau):
 
 
 def multiplicative_la(logits, counts, gamma):
-    """z_k pi_k^-gamma (Kim & Kim 2020); the bias in z_k is scaled too, as in the authors' code. logits (N, K)."""
+    """z_k pi_k^-gamma (Kim & Kim 2020); the bias in z_k is scaled too, as in the authors' code. logits (N,
+    K)."""
     prior = torch.as_tensor(counts, device=logits.device) / sum(counts)
     return logits * prior ** -gamma
 
 
 def unit_rows(fc, feat):
-    """The logits (N, K) of feat (N, D) with every w_k scaled to norm 1, b as it is: what multiplicative LA starts from."""
+    """The logits (N, K) of feat (N, D) with every w_k scaled to norm 1, b as it is: what multiplicative LA
+    starts from."""
     return F.linear(feat, F.normalize(fc.weight), fc.bias)
 
 
 def choose(adjust, logits, labels, counts):
-    """The strength among 0, 0.05, ..., 3 with which adjust(logits, counts, strength) scores best; of equals the smallest.
-    logits (N, K) and labels (N,) of the validation images."""
-    return max((k / 20 for k in range(61)), key=lambda s: common.report(adjust(logits, counts, s), labels, counts)["all"])
+    """The strength among 0, 0.05, ..., 3 with which adjust(logits, counts, strength) scores best; of equals
+    the smallest. logits (N, K) and labels (N,) of the validation images."""
+    strengths = [k / 20 for k in range(61)]
+    scores = [common.report(adjust(logits, counts, s), labels, counts)["all"] for s in strengths]
+    return strengths[scores.index(max(scores))]
+
+
+def fisher_ratio(feat, labels):
+    """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), labels (N,), in float64, by EWB-FDR's
+    code: S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples, S_W = sum_i (f_i -
+    mu_{y_i})(...)^T. Dimensions that hardly vary (by 1e-3 of the mean feature) are left out; NaN if S_W is
+    singular all the same."""
+    feat = feat.double()
+    n = torch.bincount(labels).double()[:, None]                                # (K, 1)
+    sums = feat.new_zeros(len(n), feat.shape[1]).index_add(0, labels, feat)     # (K, D)
+    means = sums / n.clamp(min=1)
+    between = (means - feat.mean(0)) * n.sqrt()
+    within = feat - means[labels]                                               # (N, D)
+    s_b = between.T @ between                                                   # (D, D)
+    s_w = within.T @ within
+    threshold = 1e-3 * feat.mean().abs()
+    varies = (feat - feat[0]).abs().amax(0) > threshold
+    keep = varies & (s_w.abs().amax(0) > threshold)
+    s_b = s_b[keep][:, keep]
+    s_w = s_w[keep][:, keep]
+    if not keep.any() or torch.linalg.matrix_rank(s_w, hermitian=True) < len(s_w):
+        return math.nan
+    return torch.linalg.solve(s_w, s_b).trace().item()
 
 
 # ---- the recipe
 
-RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="resnet34", val_per_class=20,  # both codes
-              epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)
-CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # ours, for the demo
+RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="resnet34", val_per_class=20,
+              epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)  # both codes
+CHANGES = {"ce": dict(epochs=200), "wd": dict(epochs=200), "wb": dict(epochs=200),              # WB's text
+           "synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # our demo
            "own": dict(val_per_class=0)}
-WB = "WB, Table 2 (200 epochs): best test epoch, flip in its code"
-PAPER = {"ce": (WB, {("cifar100", 100): 38.38, ("cifar100", 50): 43.99, ("cifar100", 10): 57.31}),
-         "wd": (WB, {("cifar100", 100): 46.08, ("cifar100", 50): 52.71, ("cifar100", 10): 66.03}),
-         "wb": (WB, {("cifar100", 100): 53.35, ("cifar100", 50): 57.71, ("cifar100", 10): 68.67}),
-         "fr-etf + multiplicative LA": ("as quoted by LORT", {("cifar100", 100): 53.0})}
+WB = "best epoch, flip", "WB, Table 2 (200 epochs)"
+PAPER = {"ce": (*WB, {"cifar100": {100: 38.38, 50: 43.99, 10: 57.31}}),
+         "wd": (*WB, {"cifar100": {100: 46.08, 50: 52.71, 10: 66.03}}),
+         "wb": (*WB, {"cifar100": {100: 53.35, 50: 57.71, 10: 68.67}}),
+         "fr-etf + multiplicative LA": ("", "EWB-FDR as quoted by LORT", {"cifar100": {100: 53.0}})}
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -122,60 +173,67 @@ def cosine_lr(epoch, epochs, lr):
 
 def parse_args(argv):
     parser = common.base_parser(__doc__)
-    add = parser.add_argument_group("EWB-FDR (--weight-decay None: 0 for ce and cb, else 5e-3; synthetic 1e-3)").add_argument
+    add = parser.add_argument_group("EWB-FDR (--weight-decay: 0 for ce and cb, else 5e-3)").add_argument
     add("--variant", choices=["ce", "cb", "wd", "wb", "etf", "fr-etf"], default="fr-etf", help="see above")
     add("--zeta", type=common.NOT_NEGATIVE, help="feature regularisation of fr-etf")
-    add("--beta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the class-balanced weights; 0: all 1")
-    add("--cb-loss", choices=["bce", "ce"], help="form of the class-balanced loss; if not given: ce for cb, bce for wb")
-    add("--stage1", type=common.FILE, help="wb: weights.pt of a wd run with the same recipe, instead of training it again")
+    add("--beta", type=common.number(float, 0, 1), help="of the class-balanced weights; 0: all 1")
+    add("--cb-loss", choices=["bce", "ce"], help="form of the class-balanced loss (ce for cb, bce for wb)")
+    add("--stage1", help="wb: weights.pt of a wd run with the same recipe, instead of training it again")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of wb's stage 2")
     add("--lr2", type=common.POSITIVE, help="its peak learning rate")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="its weight decay")
-    only = {"zeta": ("variant", "fr-etf")} | dict.fromkeys(("beta", "cb_loss"), ("variant", "cb", "wb"))
-    only |= dict.fromkeys(("stage1", "epochs2", "lr2", "weight_decay2"), ("variant", "wb"))
-    args = common.parse(parser, argv, RECIPE, CHANGES, only)
+    args = common.parse(parser, argv, RECIPE, CHANGES)
+    if args.stage1 and args.variant != "wb":
+        common.fail(f"--stage1 has no effect with --variant {args.variant}")
+    if args.cb_loss and args.variant not in ("cb", "wb"):
+        common.fail(f"--cb-loss has no effect with --variant {args.variant}")
     if args.weight_decay is None:
-        args.weight_decay = 0.0 if args.variant in ("ce", "cb") else 1e-3 if args.dataset == "synthetic" else 5e-3
-    args.cb_loss = args.cb_loss or ("bce" if args.variant == "wb" else "ce")
+        decay = 1e-3 if args.dataset == "synthetic" else 5e-3
+        args.weight_decay = 0.0 if args.variant in ("ce", "cb") else decay
+    if args.cb_loss is None:
+        args.cb_loss = "bce" if args.variant == "wb" else "ce"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    other_form = (args.variant, args.cb_loss) in (("wb", "ce"), ("cb", "bce"))      # than its own paper's code has
-    variant = f"{args.variant}-{args.cb_loss}" if other_form else args.variant
-    run = common.Run(args, "ewb_fdr", variant)
+    variant = args.variant
+    if (variant, args.cb_loss) in (("wb", "ce"), ("cb", "bce")):  # not the form in its paper's code
+        variant = f"{variant}-{args.cb_loss}"
+    run = common.Run(args, "ewb_fdr", variant, PAPER)
     data = common.load_data(args, run.device)
     if data.val is None:
-        common.fail("tau and gamma are chosen on validation images: give --val-per-class, or a val set of your own")
+        common.fail("tau and gamma are chosen on validation images: give --val-per-class, or a val set")
     net = common.BACKBONES[args.backbone](len(data.counts))
     if args.variant in ("etf", "fr-etf"):
-        dim = net.fc.in_features
-        if dim < len(data.counts):
-            common.fail(f"--backbone {args.backbone}: an ETF of {len(data.counts)} classes does not fit its {dim} features")
-        etf = common.simplex_etf(len(data.counts), dim, torch.Generator().manual_seed(args.seed))
-        net.fc.weight = torch.nn.Parameter(etf, requires_grad=False)                # the bias stays learned, and
-        torch.nn.init.uniform_(net.fc.bias, -1 / dim, 1 / dim)                      # starts as in the authors' code
-    net.to(run.device, memory_format=torch.channels_last)
+        num_classes, dim = len(data.counts), net.fc.in_features
+        if dim < num_classes:
+            common.fail(f"--backbone {args.backbone}: {dim} features are too few for an ETF of {num_classes}")
+        etf = common.simplex_etf(num_classes, dim, torch.Generator().manual_seed(args.seed))
+        net.fc.weight = torch.nn.Parameter(etf, requires_grad=False)            # the bias stays learned, and
+        torch.nn.init.uniform_(net.fc.bias, -1 / dim, 1 / dim)  # starts as in the authors' code
     if args.stage1:
-        same = "dataset imb_factor subset_seed val_per_class seed epochs batch_size lr weight_decay".split()
-        known = common.load_net(net, args.stage1, {"variant": "wd"} | {key: vars(args)[key] for key in same}, data)
-        args.published &= bool(known)                                               # a bare state_dict tells no recipe
-    weights = class_balanced_weights(data.counts, args.beta).to(run.device)         # (K,)
-    lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
-    lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)] if args.variant == "wb" else []
-    run.begin(data, net, lrs, lrs2)
+        names = ("dataset", "imb_factor", "subset_seed", "val_per_class", "seed", "epochs", "batch_size",
+                 "lr", "weight_decay", "backbone")
+        same = {"variant": "wd"} | {flag: vars(args)[flag] for flag in names}
+        net, data, _ = common.load_stage1(args.stage1, data, same)
+    net.to(run.device, memory_format=torch.channels_last)
+    weights = class_balanced_weights(data.counts, args.beta).to(run.device)     # (K,)
+    run.begin(data, net)
 
     # the one stage; of wb the first
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
-                                momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, torch.tensor(args.lr, device=run.device), momentum=0.9,
+                                weight_decay=args.weight_decay, fused=True)
 
     def step(x, labels):
         with run.autocast():
             feat = net.features(x).float()
         logits = net.fc(feat)
-        cb = args.variant == "cb"
-        loss = class_balanced_loss(logits, labels, weights, args.cb_loss) if cb else F.cross_entropy(logits, labels)
+        if args.variant == "cb":
+            loss = class_balanced_loss(logits, labels, weights, args.cb_loss)
+        else:
+            loss = F.cross_entropy(logits, labels)
         if args.variant == "fr-etf":
             loss = loss + args.zeta * feature_regularization(feat)
         optimizer.zero_grad()
@@ -184,10 +242,10 @@ def main(argv=None):
         return loss.detach()
 
     net.train()
-    step = common.captured(step, net, optimizer)
+    step = run.captured(step, net, optimizer)
     if not args.stage1:
         for epoch in run.epochs("stage1", args.epochs, net, optimizer):
-            common.set_lr(optimizer, lrs[epoch])
+            common.set_lr(optimizer, cosine_lr(epoch, args.epochs, args.lr))
             losses = []
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(step(x, labels))
@@ -199,8 +257,9 @@ def main(argv=None):
         net.requires_grad_(False)
         net.fc.requires_grad_(True)
         delta = max_norm_threshold(net.fc.weight)
-        optimizer2 = torch.optim.SGD(net.fc.parameters(), torch.tensor(args.lr2, device=run.device), momentum=0.9,
-                                     weight_decay=args.weight_decay2, fused=True)
+        lr2 = torch.tensor(args.lr2, device=run.device)
+        optimizer2 = torch.optim.SGD(net.fc.parameters(), lr2, momentum=0.9, weight_decay=args.weight_decay2,
+                                     fused=True)
 
         def balance(x, labels):
             with torch.no_grad(), run.autocast():
@@ -211,9 +270,9 @@ def main(argv=None):
             optimizer2.step()
             return loss.detach()
 
-        balance = common.captured(balance, net, optimizer2)
+        balance = run.captured(balance, net, optimizer2)
         for epoch in run.epochs("stage2", args.epochs2, net, optimizer2):
-            common.set_lr(optimizer2, lrs2[epoch])
+            common.set_lr(optimizer2, cosine_lr(epoch, args.epochs2, args.lr2))
             losses = []
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(balance(x, labels))
@@ -222,23 +281,27 @@ def main(argv=None):
             if run.test_now():
                 run.tested(common.predict(net, data.test)[0])
 
-    val, test, flipped = (common.predict(net, data.val)[1], common.predict(net, data.test)[1],
-                          common.predict(net, data.test, flip=True)[1])              # features  (N, D)
-    plain = [net.fc(feat).detach() for feat in (val, test, flipped)]                # of the mean of two views: fc is linear
-    unit = [unit_rows(net.fc, feat).detach() for feat in (val, test, flipped)]
-    logits, rows = {}, []
-    for name, adjust, (z_val, z, z_flip) in ((variant, None, plain), (f"{variant} + additive LA", additive_la, plain),
-                                             (f"{variant} + multiplicative LA", multiplicative_la, unit)):
-        strength, best = None, run.best_test
-        if adjust:
-            strength, best = choose(adjust, z_val, data.val.labels, data.counts), None
-            z, z_flip = adjust(z, data.counts, strength), adjust(z_flip, data.counts, strength)
-        acc, acc_flip = (common.report(scores, data.test.labels, data.counts) for scores in (z, z_flip))
-        logits[name] = z
-        rows.append(common.row(name, PAPER, args, acc, acc_flip, best) | {"strength": strength})
-    fisher = {"train": common.fisher_ratio(common.predict(net, data.train)[1], data.train.labels),
-              "test": common.fisher_ratio(test, data.test.labels)}
-    run.finish(net, logits, rows, headline=2 if args.variant == "fr-etf" else 0, fisher_ratio=fisher)
+    # the network, adjusted additively, adjusted multiplicatively
+    net.requires_grad_(False)
+    counts = data.counts
+    val = common.features(net, data.val)                                        # (N, D)
+    tau = choose(additive_la, net.fc(val), data.val.labels, counts)
+    gamma = choose(multiplicative_la, unit_rows(net.fc, val), data.val.labels, counts)
+
+    def additive(feat):
+        return additive_la(net.fc(feat), counts, tau)
+
+    def multiplicative(feat):
+        return multiplicative_la(unit_rows(net.fc, feat), counts, gamma)
+
+    run.test(net)
+    run.score(variant, net.fc, run.best_test)
+    run.score(f"{variant} + additive LA", additive, strength=tau)
+    run.score(f"{variant} + multiplicative LA", multiplicative, strength=gamma)
+    fisher = {"train": fisher_ratio(common.features(net, data.train), data.train.labels),
+              "test": fisher_ratio(run.feat, data.test.labels)}
+    headline = f"{variant} + multiplicative LA" if args.variant == "fr-etf" else variant
+    run.finish(net, headline, fisher_ratio=fisher)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
 """LORT: Rethinking Classifier Re-Training in Long-Tailed Recognition: A Simple Logits Retargeting Approach.
 Lu, Sun, Xie, Zhang, Yang, Yan, arXiv 2403.00250 (ICLR 2025 as 'Label Over-Smooth').
 
-Idea: after ordinary training, retrain the classifier alone towards targets that are almost uniform. All logits then
-become small and equally large over the classes, without knowing how many images a class has.
+Idea: after ordinary training, retrain the classifier alone towards targets that are almost uniform. All
+logits then become small and equally large over the classes, without knowing how many images a class has.
 
     stage 1   cross-entropy with tuned weight decay, the whole network
-    stage 2   f frozen, z = W^T f(x) + b starts from stage 1:
-              L = -sum_i t_i log softmax(z)_i,   t_y = 1 - delta + delta/K,  t_i = delta/K for i != y          (eq. 13)
+    stage 2   f frozen, z = W^T f(x) + b starts from stage 1:                                      (eq. 13)
+              L = -sum_i t_i log softmax(z)_i,   t_y = 1 - delta + delta/K,  t_i = delta/K for i != y
               delta = 0.98: with K = 100 the targets are 0.0298 and 0.0098
 
-    Logits Magnitude     L_i = mean of z_i over images of class i - mean of z_i over all others                (Def. 1)
-    regularised std      r_i = std of z_i over all images / L_i                                                (Def. 2)
+    Logits Magnitude     L_i = mean of z_i over images of class i - mean of z_i over all others    (Def. 1)
+    regularised std      r_i = std of z_i over all images / L_i                                    (Def. 2)
 
-To reproduce: CIFAR-100-LT, IF 100, ResNet-34: LORT 54.9 (best of five runs, best test epoch, flip averaging); stage 1
-48.4, which Table 1 gives for the features of WB, whose code trains 320 epochs.
+To reproduce: CIFAR-100-LT, IF 100, ResNet-34: LORT 54.9 (best of five runs, best test epoch, flip averaging);
+stage 1 48.4, which Table 1 gives for the features of WB, whose code trains 320 epochs; LORT's text says 200
+for every CIFAR model.
 
 Code read: bilibili/LOS.
 Departures
-- Last epoch, one view, mean over seeds; the paper's flip averaging stands in its own column. Stage 2 too starts from the
-  last epoch; in the authors' code from the one that was best on the test set.
+- Last epoch, one view, mean over seeds; the paper's flip averaging (App. B) stands in its own column. Stage 2
+  too starts from the last epoch; in the authors' code from the one that was best on the test set.
 - The field's shuffled subset; the authors' code takes the first images of each class.
 - As in the authors' code, the convolutions start from PyTorch's default; --init he is WB's and EWB's network.
-- --bn train follows the authors' code: in stage 2 normalisation uses the batch and its running statistics move on,
-  although f is 'frozen'. --bn eval freezes them too, as the text says.
-- r_i: over all test images (the text does not say which) and with the population's deviation.
+- --bn train follows the authors' code: in stage 2 normalisation uses the batch and its running statistics
+  move on, although f is 'frozen'. --bn eval freezes them too, as the text says.
+- r_i: over all test images, as Fig. 3's caption says, and with the population's deviation.
+- --stage1 takes the network of any script here; the 20 head images that a wd run holds out are then new to
+  stage 2.
 
-    python methods/lort.py                        python methods/lort.py --stage1 runs/.../stage1.pt
+    python methods/lort.py                        python methods/lort.py --stage1 runs/.../weights.pt
 """
 import math
 import sys
@@ -41,7 +44,8 @@ import common
 
 
 def lort_loss(logits, labels, delta):
-    """Eq. 13: cross-entropy with the retargeted labels. logits (B, K), labels (B,), 0 <= delta < 1 (0: cross-entropy)."""
+    """Eq. 13: cross-entropy with the retargeted labels. logits (B, K), labels (B,), 0 <= delta < 1 (0:
+    cross-entropy)."""
     return F.cross_entropy(logits, labels, label_smoothing=delta)
 
 
@@ -58,12 +62,13 @@ def regularized_std(logits, labels):
 
 # ---- the recipe
 
-RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",       # the authors' code
-              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", stage1=None, init="torch")
-CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02, weight_decay=1e-3)}  # ours, for the demo
-HABIT = "best of 5, flip, best test epoch"
-PAPER = {"stage 1": (f"Table 1, on WB's features: {HABIT}", {("cifar100", 100): 48.4}),
-         "lort": (f"Table 2: {HABIT}", {("cifar100", 100): 54.9, ("cifar100", 50): 58.8, ("cifar100", 10): 69.7})}
+RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",  # the authors' code
+              epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", init="torch")
+CHANGES = {"synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02,  # our demo
+                             weight_decay=1e-3)}
+HABIT = "best of 5, flip, best epoch"
+PAPER = {"stage 1": (HABIT, "LORT, Table 1, on the features of WB", {"cifar100": {100: 48.4}}),
+         "lort": (HABIT, "LORT, Table 2", {"cifar100": {100: 54.9, 50: 58.8, 10: 69.7}})}
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -74,41 +79,34 @@ def cosine_lr(epoch, epochs, lr):
 def parse_args(argv):
     parser = common.base_parser(__doc__)
     add = parser.add_argument_group("LORT").add_argument
-    add("--delta", type=common.number(float, lambda v: 0 <= v < 1, "in [0, 1)"), help="of the targets; 0 is cross-entropy")
-    add("--stage1", type=common.FILE,
-        help="weights to retrain instead of training stage 1: a run's weights.pt or stage1.pt, or a state_dict")
+    add("--delta", type=common.number(float, 0, 1), help="of the targets; 0 is cross-entropy")
+    add("--stage1", help="weights.pt of a run of any script here, to retrain instead of training stage 1")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
-    add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own; or He et al.'s, as the other scripts")
+    add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own; or He et al.'s")
     add("--bn", choices=["train", "eval"], help="normalisation in stage 2: moving on, or frozen")
-    stage1 = dict.fromkeys(("epochs", "lr", "weight_decay", "init"), ("stage1", None))
-    return common.parse(parser, argv, RECIPE, CHANGES, only=stage1)
+    return common.parse(parser, argv, RECIPE, CHANGES)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run = common.Run(args, "lort", "lort")
+    run = common.Run(args, "lort", "lort", PAPER)
     data = common.load_data(args, run.device)
     net = common.BACKBONES[args.backbone](len(data.counts))
     for module in net.modules():
         if args.init == "torch" and isinstance(module, torch.nn.Conv2d):
             module.reset_parameters()
+    flags1 = run.flags
+    if args.stage1:
+        same = {flag: vars(args)[flag] for flag in ("dataset", "imb_factor", "subset_seed", "backbone")}
+        net, data, flags1 = common.load_stage1(args.stage1, data, same)
+        if flags1["val_per_class"] < args.val_per_class:
+            common.fail(f"{args.stage1} was trained on images that --val-per-class holds out")
+        recipe = ("epochs", "batch_size", "lr", "weight_decay")
+        args.published &= all(flags1[flag] == RECIPE[flag] for flag in recipe)
     net.to(run.device, memory_format=torch.channels_last)
-    lrs = [] if args.stage1 else [cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
-    lrs2 = [cosine_lr(e, args.epochs2, args.lr2) for e in range(args.epochs2)]
-    same = {key: vars(args)[key] for key in ("dataset", "imb_factor", "subset_seed")}
-    stage1_flags = common.load_net(net, args.stage1, same, data) if args.stage1 else run.flags
-    if stage1_flags.get("val_per_class", 0) < args.val_per_class:
-        common.fail(f"{args.stage1} may have been trained on the images that --val-per-class {args.val_per_class} holds out")
-    run.begin(data, net, lrs, lrs2)
-
-    def score(name):
-        """The test logits (N, K) and their row of the table."""
-        logits, _ = common.predict(net, data.test)
-        flipped, _ = common.predict(net, data.test, flip=True)
-        acc, acc_flip = (common.report(z, data.test.labels, data.counts) for z in (logits, flipped))
-        return logits, common.row(name, PAPER, args, acc, acc_flip, run.best_test)
+    run.begin(data, net)
 
     # stage 1: the whole network
     optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
@@ -123,19 +121,20 @@ def main(argv=None):
         optimizer.step()
         return loss.detach()
 
-    step = common.captured(step, net, optimizer)
+    step = run.captured(step, net, optimizer)
     net.train()
     if not args.stage1:
         for epoch in run.epochs("stage1", args.epochs, net, optimizer):
-            common.set_lr(optimizer, lrs[epoch])
+            common.set_lr(optimizer, cosine_lr(epoch, args.epochs, args.lr))
             losses = []
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.test_now():
                 run.tested(common.predict(net, data.test)[0])
-    common.save(run.folder / "stage1.pt", {"net": net.state_dict(), "flags": stage1_flags, "content": data.subset["content"]})
-    logits1, row1 = score("stage 1")
+    run.test(net)
+    run.score("stage 1", net.fc, run.best_test)
+    run.save_weights(run.folder / "stage1.pt", net, flags1)
 
     # stage 2: the classifier alone, towards nearly uniform targets
     net.requires_grad_(False)
@@ -152,10 +151,10 @@ def main(argv=None):
         optimizer2.step()
         return loss.detach()
 
-    retarget = common.captured(retarget, net, optimizer2)
+    retarget = run.captured(retarget, net, optimizer2)
     net.train(args.bn == "train")
     for epoch in run.epochs("stage2", args.epochs2, net, optimizer2):
-        common.set_lr(optimizer2, lrs2[epoch])
+        common.set_lr(optimizer2, cosine_lr(epoch, args.epochs2, args.lr2))
         losses = []
         for x, labels in common.batches(data.train, args.batch_size, run.generator):
             losses.append(retarget(x, labels))
@@ -163,14 +162,16 @@ def main(argv=None):
         if run.test_now():
             run.tested(common.predict(net, data.test)[0])
 
-    logits2, row2 = score("lort")
-    metrics = {"stage 1 was trained with": stage1_flags or "unknown"} if args.stage1 else {}
-    for stage, logits in (("stage 1", logits1), ("lort", logits2)):
-        magnitude, deviation = logits_magnitude(logits, data.test.labels), regularized_std(logits, data.test.labels)
+    run.test(net)
+    run.score("lort", net.fc, run.best_test)
+    metrics = {"stage 1 was trained with": flags1} if args.stage1 else {}
+    labels = data.test.labels.cpu()
+    for stage, logits in run.logits.items():
+        magnitude, deviation = logits_magnitude(logits, labels), regularized_std(logits, labels)
         for name, group in common.shot_groups(data.counts).items():
             metrics[f"{stage}, {name}"] = {"logits magnitude": magnitude[group].mean().item(),
                                            "regularised std": deviation[group].mean().item()}
-    run.finish(net, {"stage1": logits1, "lort": logits2}, [row1, row2], **metrics, **common.val_scores(net, data))
+    run.finish(net, **metrics)
 
 
 if __name__ == "__main__":

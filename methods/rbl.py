@@ -1,33 +1,38 @@
 """RBL: Feature Directions Matter: Long-Tailed Learning via Rotated Balanced Representation.
 Gao, Xu, Wen, Yang, Shao, Huang, ICML 2023.
 
-Idea: the class vectors form a fixed, balanced frame; only a rotation of the whole frame is learned, so that the
-directions of the classes can follow the data while no class loses its share of the space.
+Idea: the class vectors form a fixed, balanced frame. Only a rotation of the whole frame is learned, so that
+the directions of the classes can follow the data while no class loses its share of the space.
 
-    g(x) = W h(x) + b                      h: the network's feature (64,), g: (d,), d = 256
+    g(x) = W h(x) + b                           h: the network's feature (64,), g: (d,), d = 256
     R = B expm(A),  A = tril(X) - tril(X)^T     a rotation in SO(d): B random and fixed, X learned from X = 0
     E = the first C columns of I - 11^T/d       the balanced frame, (d, C)
     z = g(x)^T R E,   L = cross-entropy(z, y)
     test: argmax_c z_c - tau log(n_c / N),  tau = 1          post-hoc logit adjustment
 
---head fixed freezes X = 0, which is the paper's 'Fixed'; --head linear learns an ordinary classifier on g instead.
+--head fixed freezes X = 0, which is the paper's 'Fixed'; --head linear learns a linear classifier on g
+instead.
 
-To reproduce: Table 1 (best epoch on the test set), CIFAR-100-LT, IF 100, ResNet-32: RBL 53.1, Fixed 52.3; CIFAR-10-LT:
-84.7, 84.0. The authors' logs of RBL have 52.78 and 83.48 at the last epoch.
+To reproduce: Table 1 (best epoch on the test set), CIFAR-100-LT, IF 100, ResNet-32: RBL 53.1, Fixed 52.3;
+CIFAR-10-LT: 84.7, 84.0. The authors' logs of RBL have 52.78 and 83.48 at the last epoch.
 
-g has a linear layer of its own, which can absorb R: rbl and fixed can express the same functions, and what R gains is
-a matter of optimisation. Weight decay acts on X too, and so pulls R back to B, as in the authors' code.
+g has a linear layer of its own, which can absorb R: rbl and fixed can express the same functions, and what R
+gains is a matter of optimisation. Weight decay acts on X too, and so pulls R back to B, as in the authors'
+code.
 
 Code read: qqgroup66666/rbl.
 Departures
-- Subset of 10,847 images (int, the field's) where the authors' code takes 10,945 (ceil); CIFAR's mean and deviation
-  where theirs takes ImageNet's; last epoch where the paper reports the best on the test set.
-- The frame is the released code's E, whose columns have cosine -1/(d-1), and not the paper's simplex of C vertices.
-- The last batch of an epoch may be short; the authors' code drops it. 'Fixed' is inferred: its body is not released.
-- The exponential has a fixed number of steps, so that a GPU can replay it; float32's error is below torch.matrix_exp's.
-- AutoAugment's operations are torchvision's on uint8 tensors. Translations and Solarize have the levels of the authors'
-  copy; colour and contrast differ from Pillow's by one grey level on 15 to 47 % of the values; the authors' copy rotates
-  one way only and shears with bicubic interpolation.
+- Subset of 10,847 images (int, the field's) where the authors' code takes 10,945 (ceil). CIFAR's mean and
+  deviation where theirs takes ImageNet's. Last epoch where the paper reports the best on the test set.
+- The frame is the released code's E, whose columns have cosine -1/(d-1), and not the paper's simplex of C
+  vertices.
+- The last batch of an epoch may be short; the authors' code drops it. 'Fixed' is inferred: its body is not
+  released.
+- The exponential has a fixed number of steps, so that a GPU can replay it; its float32 error is below
+  torch.matrix_exp's.
+- AutoAugment's operations are torchvision's on uint8 tensors. Colour and contrast differ from Pillow's by one
+  grey level on 15 to 47 % of the values. The authors' copy rotates one way only and shears with bicubic
+  interpolation.
 
     python methods/rbl.py --head rbl
 """
@@ -48,9 +53,11 @@ import common
 
 
 def expm(a):
-    """Matrix exponential of a (d, d) with |a| < 100, to rounding: Taylor of degree 10 of exp(a / 256) - I, then
-    exp(2t) - I = 2 e + e e with e = exp(t) - I, eight times. (torch.matrix_exp waits for a norm, so it can't be captured.)"""
-    identity, a = torch.eye(len(a), dtype=a.dtype, device=a.device), a / 256
+    """Matrix exponential of a (d, d) with |a| < 100, to rounding: Taylor of degree 10 of exp(a / 256) - I,
+    then exp(2t) - I = 2 e + e e with e = exp(t) - I, eight times. (torch.matrix_exp waits for a norm, so it
+    can't be captured.)"""
+    a = a / 256
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
     series = identity
     for k in range(10, 1, -1):
         series = identity + a @ series / k
@@ -67,14 +74,16 @@ def rotation(x, base):
 
 
 def etf_frame(dim, num_classes):
-    """The first num_classes columns of I - 11^T / dim: (dim, num_classes), norms sqrt(1 - 1/dim), cosines -1 / (dim - 1)."""
+    """The first num_classes columns of I - 11^T / dim: (dim, num_classes), norms sqrt(1 - 1/dim), cosines -1
+    / (dim - 1)."""
     if dim < num_classes:
-        raise ValueError(f"a frame of {num_classes} classes needs {num_classes} dimensions or more, not {dim}")
+        raise ValueError(f"a frame of {num_classes} classes needs as many dimensions, not {dim}")
     return (torch.eye(dim) - 1 / dim)[:, :num_classes]
 
 
 class RotatedHead(nn.Module):
-    """h (B, D) -> z = g(h) R E (B, C), g linear from `features` to `dim` dimensions. learn=False freezes R = B."""
+    """h (B, D) -> z = g(h) R E (B, C), g linear from `features` to `dim` dimensions. learn=False freezes R =
+    B."""
 
     def __init__(self, features, dim, num_classes, generator, learn=True):
         super().__init__()
@@ -88,7 +97,9 @@ class RotatedHead(nn.Module):
 
     def class_vectors(self):
         """R E, (d, C)."""
-        return rotation(self.x, self.base) @ self.frame if self.x.requires_grad else self.base @ self.frame
+        if self.x.requires_grad:
+            return rotation(self.x, self.base) @ self.frame
+        return self.base @ self.frame
 
     def forward(self, h):
         return self.g(h) @ self.class_vectors()
@@ -101,121 +112,138 @@ def angle_moved(head):
     return cosine.clamp(-1, 1).acos().rad2deg().mean().item()
 
 
-def curves(logits, data, log_prior, tau):
-    """The poster's Figures 3 and 4, without augmentation: accuracy (adjusted on the test set) and cross-entropy of both sets."""
-    y = {"train": data.train.labels, "test": data.test.labels}
-    hits = {"train": logits["train"].argmax(1) == y["train"], "test": (logits["test"] - tau * log_prior).argmax(1) == y["test"]}
-    return ({f"{name}_acc": 100 * hits[name].float().mean().item() for name in y} |
-            {f"{name}_ce": F.cross_entropy(logits[name], y[name]).item() for name in y})
-
-
 # ---- its augmentation, on whole batches on the device
 
 
-UNSIGNED = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
-
-
 def operation(x, name, level, sign):
-    """One AutoAugment operation at level 0..9 on (N, 3, H, W) uint8; sign: -1 or 1, for those that have one."""
-    amount, grey = sign * (level or 0) / 9, [128.0] * 3
+    """One AutoAugment operation at level 0..9 on (N, 3, H, W) uint8; sign: -1 or 1, for those that have
+    one."""
+    amount = sign * (level or 0) / 9
+    grey = [128.0] * 3
     if name in ("ShearX", "ShearY"):
         angle = math.degrees(math.atan(0.3 * amount))
-        return tv.affine(x, 0.0, [0, 0], 1.0, [angle, 0.0] if name == "ShearX" else [0.0, angle], fill=grey, center=[0, 0])
+        shear = [angle, 0.0] if name == "ShearX" else [0.0, angle]
+        return tv.affine(x, 0.0, [0, 0], 1.0, shear, fill=grey, center=[0, 0])
     if name in ("TranslateX", "TranslateY"):
-        pixels = round(150 / 331 * x.shape[3] * amount)      # as Pillow's nearest pixel; torchvision truncates
-        return tv.affine(x, 0.0, [pixels, 0] if name == "TranslateX" else [0, pixels], 1.0, [0.0, 0.0], fill=grey)
+        pixels = round(150 / 331 * x.shape[3] * amount)         # as the authors' code; torchvision truncates
+        shift = [pixels, 0] if name == "TranslateX" else [0, pixels]
+        return tv.affine(x, 0.0, shift, 1.0, [0.0, 0.0], fill=grey)
     if name == "Rotate":
         return tv.rotate(x, 30 * amount, fill=grey)
     if name == "Posterize":
         return tv.posterize(x, 8 - round(4 * abs(amount)))
     if name == "Solarize":
-        return tv.solarize(x, 256 * (1 - abs(amount)))       # torchvision starts at 255
-    if name in ("AutoContrast", "Equalize", "Invert"):
-        return {"AutoContrast": tv.autocontrast, "Equalize": tv.equalize, "Invert": tv.invert}[name](x)
-    return {"Brightness": tv.adjust_brightness, "Color": tv.adjust_saturation, "Contrast": tv.adjust_contrast,
-            "Sharpness": tv.adjust_sharpness}[name](x, 1 + 0.9 * amount)
+        return tv.solarize(x, 256 * (1 - abs(amount)))          # as the authors' code; torchvision: 255
+    if name in PLAIN:
+        return PLAIN[name](x)
+    return ENHANCED[name](x, 1 + 0.9 * amount)
+
+
+PLAIN = {"AutoContrast": tv.autocontrast, "Equalize": tv.equalize, "Invert": tv.invert}
+ENHANCED = {"Brightness": tv.adjust_brightness, "Color": tv.adjust_saturation, "Contrast": tv.adjust_contrast,
+            "Sharpness": tv.adjust_sharpness}
 
 
 def autoaugment(images, generator):
-    """AutoAugment's CIFAR-10 policy (Cubuk et al. 2019; torchvision's table): a sub-policy, two coins and two signs are
-    drawn for each image, and the images of equal draws go through an operation together. (N, H, W, 3) uint8."""
+    """AutoAugment's CIFAR-10 policy (Cubuk et al. 2019; torchvision's table): of 25 pairs of operations each
+    image draws one, and for each of the two a coin and a sign. Images with the same draws go through an
+    operation together. (N, H, W, 3) uint8."""
     policies = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies
     draws = torch.rand(5, len(images), generator=generator, device=images.device).cpu()
-    chosen, x = (draws[0] * len(policies)).long(), images.permute(0, 3, 1, 2).contiguous()
-    for k in (0, 1):
-        kinds = [(name, level) for name, _, level in (policy[k] for policy in policies)]
-        first = torch.tensor([kinds.index(kind) for kind in kinds])[chosen]       # one number for equal kinds  (N,)
-        signed = torch.tensor([name not in UNSIGNED for name, _ in kinds])[first]
-        applied = draws[1 + k] < torch.tensor([policy[k][1] for policy in policies])[chosen]
-        group = torch.where(applied, 2 * first + (signed & (draws[3 + k] < 0.5)), 2 * len(kinds))
-        parts = group.argsort().to(x.device).split(torch.bincount(group, minlength=2 * len(kinds) + 1).tolist())
-        for number, index in enumerate(parts[:-1]):
-            if len(index):
-                x[index] = operation(x[index], *kinds[number // 2], -1 if number % 2 else 1)
+    pair = (draws[0] * len(policies)).long()                                    # (N,)
+    coins = draws[1:3]                                                          # (2, N)
+    signs = torch.where(draws[3:5] < 0.5, -1, 1)                                # (2, N)
+    x = images.permute(0, 3, 1, 2).contiguous()
+    for step in (0, 1):
+        for k, operations in enumerate(policies):
+            name, probability, level = operations[step]
+            for sign in (-1, 1):
+                chosen = (pair == k) & (coins[step] < probability) & (signs[step] == sign)
+                if chosen.any():
+                    index = chosen.nonzero()[:, 0].to(x.device)
+                    x[index] = operation(x[index], name, level, sign)
     return x.permute(0, 2, 3, 1)
 
 
 def cutout(images, generator):
-    """Cutout (DeVries & Taylor 2017): a black square of half the image's side, centred on any pixel, clipped at the
-    edge, before normalisation. (N, H, W, 3) uint8."""
+    """Cutout (DeVries & Taylor 2017): a black square of half the image's side, centred on any pixel, clipped
+    at the edge, before normalisation. (N, H, W, 3) uint8."""
     n, side, device = len(images), images.shape[1], images.device
-    centre = torch.randint(0, side, (2, n, 1), generator=generator, device=device)
-    y, x = (torch.arange(side, device=device) >= centre - side // 4) & (torch.arange(side, device=device) < centre + side // 4)
-    return images.masked_fill((y[:, :, None] & x[:, None, :])[..., None], 0)
+    y, x = torch.randint(0, side, (2, n, 1), generator=generator, device=device)  # the centres, (N, 1) each
+    pixel = torch.arange(side, device=device)
+    rows = (pixel >= y - side // 4) & (pixel < y + side // 4)                   # (N, H)
+    columns = (pixel >= x - side // 4) & (pixel < x + side // 4)                # (N, W)
+    square = rows[:, :, None] & columns[:, None, :]                             # (N, H, W)
+    return images.masked_fill(square[..., None], 0)
 
 
 def strong(images, generator):
+    """RBL's augmentation, all of it."""
     return cutout(autoaugment(common.crop_flip(images, generator), generator), generator)
+
+
+def accuracy_and_loss(logits, labels, shift):
+    """What the poster's Figures 3 and 4 plot over the epochs: accuracy in percent, after the adjustment, and
+    cross-entropy, before it. logits (N, C), labels (N,), shift (C,)."""
+    hits = (logits - shift).argmax(1) == labels
+    accuracy = 100 * hits.float().mean().item()
+    return accuracy, F.cross_entropy(logits, labels).item()
 
 
 # ---- the recipe
 
-RECIPE = dict(epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, backbone="resnet32", dim=256, augment="strong",
-              tau=1.0)
-CHANGES = {"synthetic": dict(epochs=20, batch_size=64, backbone="small", dim=64, augment="crop")}  # ours, for the demo
-SOURCE = "poster, Table 1: best test epoch"
-PAPER = {"rbl": (SOURCE, {("cifar10", 50): 87.6, ("cifar10", 100): 84.7, ("cifar10", 200): 81.2,
-                          ("cifar100", 50): 57.2, ("cifar100", 100): 53.1, ("cifar100", 200): 48.9}),
-         "fixed": (SOURCE, {("cifar10", 50): 87.1, ("cifar10", 100): 84.0, ("cifar10", 200): 80.2,
-                            ("cifar100", 50): 56.2, ("cifar100", 100): 52.3, ("cifar100", 200): 47.2})}
+RECIPE = dict(epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, backbone="resnet32", dim=256,
+              augment="strong", tau=1.0)
+CHANGES = {"synthetic": dict(epochs=20, batch_size=64, backbone="small", dim=64, augment="crop")}  # our demo
+SOURCE = "best epoch", "RBL's poster, Table 1"
+PAPER = {"rbl": (*SOURCE, {"cifar10": {50: 87.6, 100: 84.7, 200: 81.2},
+                           "cifar100": {50: 57.2, 100: 53.1, 200: 48.9}}),
+         "fixed": (*SOURCE, {"cifar10": {50: 87.1, 100: 84.0, 200: 80.2},
+                             "cifar100": {50: 56.2, 100: 52.3, 200: 47.2}})}
 
 
 def warmup_cosine_lr(epoch, epochs, lr, warmup=8):
-    """lr/2 + lr/16, lr/2 + 2 lr/16, ... lr in 8 epochs, then half a cosine to 0 in the last epoch (the authors' code)."""
+    """lr/2 + lr/16, lr/2 + 2 lr/16, ... lr in 8 epochs, then half a cosine to 0 in the last epoch."""
     if epoch < warmup:
         return 0.5 * lr * (1 + (epoch + 1) / warmup)
-    return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup + 1) / (epochs - warmup)))
+    progress = (epoch - warmup + 1) / (epochs - warmup)
+    return 0.5 * lr * (1 + math.cos(math.pi * progress))
 
 
 def parse_args(argv):
     parser = common.base_parser(__doc__)
     add = parser.add_argument_group("RBL").add_argument
-    add("--head", choices=["rbl", "fixed", "linear"], default="rbl", help="learned rotation; frozen; ordinary classifier")
+    add("--head", choices=["rbl", "fixed", "linear"], default="rbl",
+        help="learned rotation; frozen rotation; linear classifier")
     add("--dim", type=common.ONE_OR_MORE, help="d, the dimensions of g and of the frame")
     add("--tau", type=common.NOT_NEGATIVE, help="strength of the post-hoc logit adjustment")
-    add("--augment", choices=["strong", "crop"], help="crop, flip, AutoAugment and Cutout; or crop and flip alone")
+    add("--augment", choices=["strong", "crop"], help="crop, flip, AutoAugment and Cutout; or crop and flip")
     return common.parse(parser, argv, RECIPE, CHANGES)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run = common.Run(args, "rbl", args.head)
+    run = common.Run(args, "rbl", args.head, PAPER)
     data = common.load_data(args, run.device)
     num_classes = len(data.counts)
     if args.head != "linear" and args.dim < num_classes:
         common.fail(f"--dim {args.dim}: a frame of {num_classes} classes needs as many dimensions")
 
     net = common.BACKBONES[args.backbone](num_classes)
-    features, generator = net.fc.in_features, torch.Generator().manual_seed(args.seed)
-    net.fc = (nn.Sequential(nn.Linear(features, args.dim), nn.Linear(args.dim, num_classes)) if args.head == "linear" else
-              RotatedHead(features, args.dim, num_classes, generator, learn=args.head == "rbl"))
+    dim_h = net.fc.in_features
+    if args.head == "linear":
+        net.fc = nn.Sequential(nn.Linear(dim_h, args.dim), nn.Linear(args.dim, num_classes))
+    else:
+        generator = torch.Generator().manual_seed(args.seed)
+        net.fc = RotatedHead(dim_h, args.dim, num_classes, generator, learn=args.head == "rbl")
     net.to(run.device, memory_format=torch.channels_last)
-    log_prior = (torch.tensor(data.counts, device=run.device) / sum(data.counts)).log()    # (C,)
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], torch.tensor(args.lr, device=run.device),
-                                momentum=0.9, weight_decay=args.weight_decay, nesterov=True, fused=True)
-    lrs = [warmup_cosine_lr(e, args.epochs, args.lr) for e in range(args.epochs)]
+    prior = torch.tensor(data.counts, device=run.device) / sum(data.counts)
+    log_prior = prior.log()                                                     # (C,)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, torch.tensor(args.lr, device=run.device), momentum=0.9,
+                                weight_decay=args.weight_decay, nesterov=True, fused=True)
     augment = strong if args.augment == "strong" else common.crop_flip
-    run.begin(data, net, lrs, augmentation="crop, flip" + ", AutoAugment, Cutout" * (args.augment == "strong"))
+    run.begin(data, net, "crop, flip, AutoAugment, Cutout" if augment is strong else "crop, flip")
 
     def step(x, labels):
         with run.autocast():
@@ -226,28 +254,32 @@ def main(argv=None):
         optimizer.step()
         return loss.detach()
 
-    step = common.captured(step, net, optimizer)
+    step = run.captured(step, net, optimizer)
     net.train()
     for epoch in run.epochs("train", args.epochs, net, optimizer):
-        common.set_lr(optimizer, lrs[epoch])
+        common.set_lr(optimizer, warmup_cosine_lr(epoch, args.epochs, args.lr))
         losses = []
         for x, labels in common.batches(data.train, args.batch_size, run.generator, augment):
             losses.append(step(x, labels))
         run.log(losses)
         if run.test_now():
-            z = {name: common.predict(net, getattr(data, name))[0] for name in ("train", "test")}
-            run.tested(z["test"] - args.tau * log_prior, **curves(z, data, log_prior, args.tau))
+            z_train, _ = common.predict(net, data.train)
+            z_test, _ = common.predict(net, data.test)
+            train = accuracy_and_loss(z_train, data.train.labels, 0 * log_prior)
+            test = accuracy_and_loss(z_test, data.test.labels, args.tau * log_prior)
+            run.tested(z_test - args.tau * log_prior, train_acc_ce=train, test_acc_ce=test)
 
-    logits, _ = common.predict(net, data.test)
-    flipped, _ = common.predict(net, data.test, flip=True)
-    rows = []
-    for name, tau, best in ((f"{args.head}, no adjustment", 0.0, None), (args.head, args.tau, run.best_test)):
-        acc, acc_flip = (common.report(z - tau * log_prior, data.test.labels, data.counts) for z in (logits, flipped))
-        rows.append(common.row(name, PAPER, args, acc, acc_flip, best))
+    def adjusted(h):
+        """z - tau log(n_c / N)."""
+        return net.fc(h) - args.tau * log_prior
+
+    run.test(net)
+    run.score(f"{args.head}, no adjustment", net.fc)
+    run.score(args.head, adjusted, run.best_test, args.tau)
     metrics = {}
     if args.head != "linear":
         metrics = {"angle_moved_degrees": angle_moved(net.fc), "norm_of_x": net.fc.x.norm().item()}
-    run.finish(net, {"logits": logits}, rows, **metrics, **common.val_scores(net, data, args.tau * log_prior))
+    run.finish(net, **metrics)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
@@ -16,10 +18,10 @@ def call(tmp_path):
     """call("rbl", "--epochs", 1, ...) runs a script's main() here, on the synthetic set, and returns its exit code."""
     def call(script, *flags, out=tmp_path / "runs"):
         import common
-        module, runs, init = __import__(script), [], common.Run.__init__
+        module, runs, enter = __import__(script), [], common.Run._enter_folder
         argv = ["--dataset", "synthetic", "--device", "cpu", "--out", out, *flags]
         with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common.Run, "__init__", lambda run, *args: (runs.append(run), init(run, *args))[1])
+            patch.setattr(common.Run, "_enter_folder", lambda run: (runs.append(run), enter(run))[1])
             common.guard(lambda: module.main([str(flag) for flag in argv]))
             raise SystemExit(0)
         for run in runs:
@@ -27,6 +29,27 @@ def call(tmp_path):
                 os.close(run.lock)  # as the end of a process would
         return stop.value.code
     return call
+
+
+def results(out):
+    """{folder name: its result} of the finished runs in a folder."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))}
+
+
+def result(out):
+    only, = results(out).values()
+    return only
+
+
+def saved(out, name="weights.pt"):
+    """What torch saved in the only run of a folder."""
+    import common
+    path, = out.glob(f"*/{name}")
+    return common.load(path)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ def no_training(monkeypatch):
     ("--epochs", "0"), ("--epochs", "-3"), ("--epochs", "1.5"), ("--batch-size", "0"), ("--lr", "0"), ("--lr", "-1"), ("--lr", "nan"),
     ("--lr", "inf"), ("--lr", "fast"), ("--weight-decay", "-1"), ("--weight-decay", "nan"), ("--imb-factor", "0.01"),
     ("--imb-factor", "nan"), ("--imb-factor", "inf"), ("--imb-factor", "much"), ("--subset-seed", "-1"), ("--seed", "-1"),
-    ("--seed", "99999999999999999999"), ("--val-per-class", "-1"), ("--eval-every", "-1"), ("--image-size", "15"), ("--lr", "1e300"), ("--batch-size", "99999999999"),
+    ("--seed", "99999999999999999999"), ("--val-per-class", "-1"), ("--eval-every", "-1"), ("--image-size", "15"),
+    ("--lr", "1e300"), ("--batch-size", "99999999999"),
     ("--backbone", "vgg"), ("--precision", "fp8"), ("--no-such-flag", "1"), ("--epoch", "1")])
 def test_flags_of_every_script(refused, script, flags):
     refused(script, *flags, words=[flags[0]])
@@ -42,27 +45,11 @@ def test_flags_of_one_script(refused, script, flags):
     refused(script, *flags, words=[flags[0]])
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("hinge_ce", "--variant ce --tau-plus 1"), ("hinge_ce", "--variant ce-etf --minor 3"), ("lwr", "--base bs --gamma 2"),
-    ("lwr", "--base focal --tau 0.5"), ("ewb_fdr", "--variant ce --zeta 5"), ("ewb_fdr", "--variant wd --beta 0.9"),
-    ("ewb_fdr", "--variant etf --cb-loss ce"), ("ewb_fdr", "--variant cb --epochs2 3"), ("ewb_fdr", "--variant wd --stage1 x")])
-def test_a_flag_without_effect(refused, script, flags):
-    key, value, flag, _ = flags.split()
-    refused(script, *flags.split(), words=[f"{flag} has no effect with {key} {value}"])
-
-
-@pytest.mark.parametrize("flag, value", [("theta", "0.9"), ("project", "no"), ("schedule", "const"), ("form", "lse")])
-def test_a_flag_of_a_repulsion_that_is_off(refused, flag, value):
-    refused("lwr", "--strength", "0", f"--{flag}", value, words=[f"--{flag} has no effect with --strength 0"])
-
-
-def test_cones_without_a_class_to_put_them_on(refused):
+def test_flags_without_effect_where_they_would_falsify_an_ablation(refused):
+    refused("ewb_fdr", "--variant", "etf", "--cb-loss", "ce", words=["--cb-loss", "--variant etf"])
+    refused("ewb_fdr", "--variant", "wd", "--stage1", "x", words=["--stage1", "--variant wd"])
     refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
     refused("hinge_ce", "--tau-plus", "0", words=["no class has a cone"])
-    refused("hinge_ce", "--image-size", "32", words=["--image-size", "synthetic"])
-    refused("hinge_ce", "--data-root", "x", words=["--data-root", "synthetic"])
-    refused("lort", "--stage1", "x", "--lr", "0.3", words=["--lr", "--stage1"])
-    refused("lort", "--stage1=", words=["--stage1", "a file"])  # a variable that is not set
 
 
 def test_an_etf_needs_as_many_dimensions_as_classes(refused, monkeypatch):
@@ -145,20 +132,12 @@ def test_stage_one_files(refused, tmp_path, content):
     refused("ewb_fdr", "--variant", "wb", "--stage1", path, words=[str(path)])
 
 
-def test_damaged_results(refused, tmp_path):
-    results = tmp_path / "runs" / "results.jsonl"
-    results.parent.mkdir()
-    line = {"method": "hinge_ce", "dataset": "synthetic", "imb_factor": 100.0, "seed": 0, "rows": [],
-            "seconds": 1.0, "command": "x", "folder": "hinge_ce-hinge-synthetic-if100-seed0"}
-    for content in ("{", "[]", "{}", "null", '{"flags": 3}', json.dumps(line), json.dumps(line | {"flags": 3}), b"\xff"):
-        results.write_bytes(content if isinstance(content, bytes) else content.encode())
-        refused("hinge_ce", words=["results.jsonl"])
-    results.write_text(json.dumps(line | {"flags": {}}))
-    refused("hinge_ce", "--overwrite", "--width", "19", words=["--width"])
-    assert results.read_text()  # a run that cannot start deletes nothing
-    results.unlink()
-    results.mkdir()
-    refused("hinge_ce", words=["--out"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", '{"flags": 3}', "", b"\xff"])
+def test_a_damaged_result(refused, tmp_path, content):
+    folder = tmp_path / "runs" / "hinge_ce-hinge-synthetic-if100-seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused("hinge_ce", words=["result.json"])
 
 
 # ---- your own images
@@ -175,23 +154,24 @@ def own(tmp_path):
     return tmp_path / "own"
 
 
-def as_lists(own):
+def as_lists(own, pattern="*.png"):
     for part in ("train", "test"):
-        lines = [f"{path.relative_to(own)} {'abc'.index(path.parent.name) + 7}" for path in sorted((own / part).glob("*/*.png"))]
+        files = sorted((own / part).glob(f"*/{pattern}"))
+        lines = [f"{path.relative_to(own)} {'abc'.index(path.parent.name) + 7}" for path in files]
         (own.parent / "lists").mkdir(exist_ok=True)
         (own.parent / "lists" / f"My_LT_{part}.txt").write_text("\n".join(lines) + "\n")
     return own.parent / "lists"
 
 
 def load(path, **changes):
-    from types import SimpleNamespace
-    return common.load_data(SimpleNamespace(**{"dataset": str(path), "data_root": None, "imb_factor": "natural", "subset_seed": 0,
-                                               "val_per_class": 0, "image_size": None, **changes}), torch.device("cpu"))
+    args = common.base_parser("").parse_args(["--dataset", str(path)])
+    return common.load_data(SimpleNamespace(**vars(args) | {"imb_factor": "natural"} | changes), torch.device("cpu"))
 
 
 def test_own_folders_and_lists_give_the_same_data(own):
     folders, lists = load(own), load(as_lists(own), data_root=own)
     assert folders.counts == lists.counts == [6, 3, 2]  # b, a, c: the largest first
+    assert folders.classes == ["b", "a", "c"] and lists.classes == ["8", "7", "9"]
     for part in ("train", "test"):
         a, b = getattr(folders, part), getattr(lists, part)
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.images.shape[1:] == (16, 16, 3)
@@ -200,9 +180,62 @@ def test_own_folders_and_lists_give_the_same_data(own):
     assert load(own, image_size=20).train.images.shape == (11, 20, 20, 3)
     assert folders.subset["content"] == lists.subset["content"]
     Image.new("RGB", (16, 16)).save(own / "train" / "a" / "0.png")
-    assert load(own).subset["content"] != folders.subset["content"] and load(own).subset["sha256"] == folders.subset["sha256"]
+    assert load(own).subset["content"] != folders.subset["content"]
+    assert load(own).subset["sha256"] == folders.subset["sha256"]
     held = load(own, val_per_class=1)
     assert held.counts == [5, 2, 1] and held.val.labels.tolist() == [0, 1, 2]
+
+
+def test_what_is_no_image_is_named_and_what_is_hidden_is_no_data(own, capsys):
+    plain = load(own)
+    for name in ("notes.txt", "Thumbs.db"):
+        (own / "train" / "a" / name).write_text("x")
+    for hidden in (own / "train" / ".ipynb_checkpoints", own / "train" / "a" / ".ipynb_checkpoints", own / ".git" / "train"):
+        hidden.mkdir(parents=True)
+        shutil.copy(own / "train" / "a" / "0.png", hidden / "0-checkpoint.png")
+    shutil.copy(own / "train" / "a" / "0.png", own / "train" / "a" / "._0.png")
+    capsys.readouterr()
+    data = load(own)
+    assert data.counts == plain.counts and data.subset == plain.subset
+    assert "left out: 2 files" in capsys.readouterr().out
+
+
+def test_folders_and_lists_read_the_same_types(own):
+    for k in range(8):
+        Image.fromarray(np.random.RandomState(k + 1).randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(own / "train" / "c" / f"{k}x.gif")
+    lists = as_lists(own, "*.*")
+    assert load(own).counts == load(lists, data_root=own).counts == [10, 6, 3]
+
+
+@pytest.mark.parametrize("names", [("Train", "TEST"), ("training", "testing")])
+def test_other_names_of_the_parts(own, names):
+    plain = load(own)
+    for old, new in zip(("train", "test"), names):
+        (own / old).rename(own / new)
+    shutil.copytree(own / names[1], own / "validation")
+    for k, path in enumerate(sorted((own / "validation").glob("*/*.png"))):
+        Image.new("RGB", (16, 16), (k, 0, 0)).save(path)
+    data = load(own)
+    assert data.counts == plain.counts and len(data.val.labels) == 6
+
+
+def test_a_class_may_be_missing_in_val(call, own, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    (own / "val" / "b").mkdir(parents=True)
+    (own / "val" / "a").mkdir()
+    Image.new("RGB", (16, 16), (9, 0, 0)).save(own / "val" / "b" / "0.png")
+    Image.new("RGB", (16, 16), (7, 0, 0)).save(own / "val" / "a" / "0.png")
+    for script in ("hinge_ce", "ewb_fdr"):
+        assert call(script, "--dataset", own, "--epochs", "1", "--backbone", "small", "--batch-size", "4") == 0
+
+
+def test_a_path_is_a_folder_even_if_it_is_named_like_a_set(own, refused, monkeypatch):
+    own.rename(own.parent / "cifar10")
+    monkeypatch.chdir(own.parent)
+    assert load("./cifar10").counts == [6, 3, 2]
+    args = common.base_parser("").parse_args(["--dataset", "cifar10/"])
+    assert args.dataset == "./cifar10" and common.base_parser("").parse_args(["--dataset", "cifar10"]).dataset == "cifar10"
+    assert common.base_parser("").parse_args(["--dataset", "x/"]).dataset == "x"
 
 
 def test_a_channel_may_be_constant(own):
@@ -212,25 +245,44 @@ def test_a_channel_may_be_constant(own):
     assert common.normalise(data.train.images, data.train).isfinite().all() and data.train.std.tolist()[2] == 1
 
 
-def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path):
+def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path, capsys):
     monkeypatch.undo()
     flags = ("--dataset", own, "--epochs", "1", "--backbone", "small", "--batch-size", "4")
     assert call("hinge_ce", *flags) == 0 and call("hinge_ce", *flags, "--dataset", f"{own}/") == 0  # the same run
     assert call("ewb_fdr", *flags, "--val-per-class", "1") == 0
-    result = json.loads((tmp_path / "runs" / "results.jsonl").read_text().splitlines()[0])
-    weights = torch.load(tmp_path / "runs" / result["folder"] / "weights.pt", weights_only=True)
-    logits = torch.load(tmp_path / "runs" / result["folder"] / "test_logits.pt", weights_only=True)
-    assert len(weights["classes"]) == logits["logits"].shape[1] == len(logits["counts"]) and weights["mean"].shape == (3,)
-    assert result["imb_factor"] == "natural" and result["acc"]["many"] is None and result["acc"]["few"] is not None
+    folder, = tmp_path.glob("runs/hinge_ce-*")
+    run, weights = json.loads((folder / "result.json").read_text()), common.load(folder / "weights.pt")
+    assert weights["classes"] == ["b", "a", "c"] and weights["mean"].shape == (3,)
+    assert run["imb_factor"] == "natural" and run["rows"][0]["acc"]["many"] is None and run["rows"][0]["acc"]["few"] is not None
+    capsys.readouterr()
+    picture = own / "test" / "b" / "0.png"
+    common.print_predictions(folder, "hinge", [str(picture)])
+    common.print_classes(folder)
+    predicted, *table = capsys.readouterr().out.splitlines()
+    assert predicted.startswith(f"{picture}: ") and "| b | 6 |" in "\n".join(table)
+    net, saved = common.load_network(folder / "weights.pt")
+    kept = common.load(folder / "test_logits.pt")
+    at = [str(path) for path in sorted((own / "test" / "b").glob("*.png"))]
+    assert torch.allclose(common.classify(net, saved, at), kept["logits"].softmax(1)[kept["labels"] == 0], atol=1e-5)
 
 
-def test_twenty_thousand_small_images_are_read_in_seconds(own):
-    import time
-    image = (own / "train" / "a" / "0.png").read_bytes()
-    for k in range(2000):
-        (own / "train" / "b" / f"x{k}.png").write_bytes(image)
+def test_overall_accuracy_where_the_test_set_is_not_balanced(call, own, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    (own / "test" / "b" / "1.png").unlink()
+    flags = ("--dataset", own, "--epochs", "1", "--backbone", "small", "--batch-size", "4")
+    assert call("hinge_ce", *flags) == 0
+    run = json.loads(next(tmp_path.glob("runs/*/result.json")).read_text())
+    kept = common.load(next(tmp_path.glob("runs/*/test_logits.pt")))
+    hits = (kept["logits"].argmax(1) == kept["labels"]).double().mean().item()
+    assert run["metrics"]["overall accuracy"] == pytest.approx(100 * hits)
+
+
+def test_thousands_of_small_images_are_read_in_seconds(own):
     began = time.time()
-    assert load(own).counts[0] == 2006 and time.time() - began < 5  # a tenth of the images
+    for k in range(2000):
+        Image.fromarray(np.random.RandomState(k + 1).randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(own / "train" / "b" / f"x{k}.png")
+    written = time.time() - began
+    assert load(own).counts[0] == 2006 and time.time() - began < 5 + 2 * written
 
 
 def break_own(own, how):
@@ -240,25 +292,22 @@ def break_own(own, how):
         return "test"
     if how == "unreadable":
         for name in "012":
-            (own / "train" / "a" / f"{name}.png").write_bytes(b"no image")  # several, and still one line
-        return ".png cannot be read"
+            (own / "train" / "a" / f"{name}.png").write_bytes(b"no image")
+        return "(3 of 17 images"  # and still one line
     if how == "cut":
         path = own / "test" / "b" / "1.png"
         path.write_bytes(path.read_bytes()[:100])
         return "1.png"
     if how == "other size":
         Image.new("RGB", (9, 16)).save(own / "train" / "a" / "z.png")
-        return "--image-size"
-    redrawn = {"no squares": ("*/*/*.png", (24, 16)), "other size in test": ("test/*/*.png", (24, 24)), "tiny": ("*/*/*.png", (4, 4))}
+        return "z.png has 9 x 16 pixels"
+    redrawn = {"no squares": ("*/*/*.png", (24, 16)), "other size in test": ("test/*/*.png", (24, 24)),
+               "tiny": ("*/*/*.png", (4, 4)), "photographs": ("*/*/*.png", (2000, 2000))}
     if how in redrawn:
         pattern, size = redrawn[how]
         for path in own.glob(pattern):
             Image.new("RGB", size).save(path)
         return "--image-size"
-    if how == "empty class":
-        (own / "train" / "empty").mkdir()
-        (own / "train" / "empty" / ".gitkeep").write_text("")
-        return "empty"
     if how == "16 bits":
         Image.fromarray(np.zeros((16, 16), np.uint16)).save(own / "train" / "a" / "0.png")
         return "8 bits"
@@ -266,45 +315,67 @@ def break_own(own, how):
         for part in ("train", "test"):
             shutil.rmtree(own / part)
             (own / part).mkdir()
-        return "class folder"
+        return "two classes"
     if how == "two val lists":
         for name in ("a_val.txt", "b_val.txt"):
             (own / name).write_text("x 1")
-        return "val"
+        return "*val.txt"
+    if how == "two trains":
+        shutil.copytree(own / "train", own / "Training")
+        return "not 2 and 0"
     if how == "class only in test":
         (own / "train" / "c").rename(own.parent / "c")
-        return "c is missing in train"
+        return "class c has no train images"
     if how == "class not in test":
         (own / "test" / "c").rename(own.parent / "c")
-        return "c is missing in test"
-    if how == "val without a class":
-        (own / "val").mkdir()
-        (own / "test" / "c").rename(own / "val" / "c")
-        return "is missing in"
+        return "class c has no test images"
     if how == "folder and list":
         (own / "my_train.txt").write_text("train/a/0.png 1")
-        return "train/ and my_train.txt"
-    if how == "loop":
-        (own / "train" / "a" / "again").symlink_to(own / "train" / "a")
-        return "more than once"
+        return "not 1 and 1"
     if how == "in train and test":
         (own / "test" / "a" / "z.png").symlink_to(own / "train" / "a" / "0.png")
-        return "0.png is there more than once"
+        return "are the same picture"
+    if how == "copied to another class":
+        shutil.copy(own / "train" / "a" / "0.png", own / "train" / "b" / "z.png")
+        return "(train, a) are the same picture"
     if how == "one class":
         for name in "bc":
             for part in ("train", "test"):
                 shutil.rmtree(own / part / name)
-        return "single class"
+        return "two classes"
 
 
-@pytest.mark.parametrize("how", ["no test", "unreadable", "cut", "other size", "empty class", "class only in test", "class not in test",
-                                 "val without a class", "one class", "16 bits", "tiny", "no squares", "other size in test", "nothing", "two val lists",
-                                 "folder and list", "loop", "in train and test"])
+@pytest.mark.parametrize("how", [
+    "no test", "unreadable", "cut", "other size", "class only in test", "class not in test", "one class", "16 bits", "tiny",
+    "no squares", "other size in test", "photographs", "nothing", "two val lists", "two trains", "folder and list",
+    "in train and test", "copied to another class"])
 def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
 
 
-@pytest.mark.parametrize("content, words", [("a.png\n", "a.png"), ("none.png 8\n", "none.png"), ("", "no training images"), ("a b c.png\n", "c.png is missing in test"), ("\x00 8\n", "cannot be read"), ("train/a/0.png 7\n", "more than once")])
+def test_photographs_are_refused_before_all_are_read(refused, own, monkeypatch):
+    break_own(own, "photographs")
+    real, read = common.read_image, []
+    monkeypatch.setattr(common, "read_image", lambda path, size: read.append(path) or real(path, size))
+    refused("hinge_ce", "--dataset", own, words=["2000 x 2000", "--image-size"])
+    assert len(read) == 1
+
+
+def test_a_full_memory_does_not_blame_an_image(refused, own, monkeypatch):
+    def convert(*_):
+        raise MemoryError
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    refused("hinge_ce", "--dataset", own, words=["out of memory"])
+
+
+def test_a_picture_twice_in_its_class_is_accepted(own):
+    shutil.copy(own / "train" / "a" / "0.png", own / "train" / "a" / "z.png")
+    assert load(own).counts == [6, 4, 2]
+
+
+@pytest.mark.parametrize("content, words", [
+    ("a.png\n", "a.png"), ("none.png 8\n", "none.png"), ("", "two classes"), ("a b c.png\n", "class c.png has no test images"),
+    ("\x00 8\n", "cannot be read"), ("train/a/0.png 9\n", "same picture"), ("elsewhere/0.png 8\n", "--data-root")])
 def test_broken_lists(refused, own, content, words):
     lists = as_lists(own)
     good = (lists / "My_LT_train.txt").read_text() if content else ""
@@ -315,24 +386,39 @@ def test_broken_lists(refused, own, content, words):
 def test_other_broken_lists(refused, own):
     lists = as_lists(own)
     (lists / "train.txt").write_text("a 1\n")
-    refused("hinge_ce", "--dataset", lists, words=["train"])  # two lists
+    refused("hinge_ce", "--dataset", lists, words=["not 0 and 2"])
     (lists / "train.txt").unlink()
     (lists / "My_LT_train.txt").write_bytes(b"\xff\xfe 1\n")
-    refused("hinge_ce", "--dataset", lists, words=["is missing in"])
+    refused("hinge_ce", "--dataset", lists, words=["two classes"])
 
 
 def test_imbalance_that_own_data_cannot_have(refused, own):
     refused("hinge_ce", "--dataset", own, "--imb-factor", "1.5", words=["natural"])
 
 
-# ---- the table, and the command line as a user meets it
+# ---- results, and the command line as a user meets it
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": 1}', "3", '{"rows": [{"acc": 5, "row": "x"}], "method": "", "dataset": "", "imb_factor": 1, "flags": []}'])
+def shell(*words):
+    return subprocess.run([sys.executable, ROOT / "common.py", *words], capture_output=True, text=True)
+
+
+WRONG = '{"rows": [{"acc": 5, "row": "x"}], "method": "", "dataset": "", "imb_factor": 1, "flags": []}'
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"rows": 1}', "3", WRONG])
 def test_table_of_something_else(tmp_path, content):
     path = tmp_path / "results.jsonl"
     if content is not None:
         path.write_text(content)
-    done = subprocess.run([sys.executable, ROOT / "common.py", path], capture_output=True, text=True)
+    for words in ([path], [tmp_path], [tmp_path / "none"]):
+        done = shell(*words)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("words", [[], ["predict"], ["predict", "x"], ["classes"], ["predict", "none", "x.png"],
+                                   ["classes", "none"], ["a", "b"]])
+def test_common_on_the_command_line(words):
+    done = shell(*words)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
 
 

@@ -1,4 +1,5 @@
 """common.py against slow references: the subset, the batches, the networks, the scores, the table."""
+import contextlib
 import hashlib
 import json
 import math
@@ -19,8 +20,8 @@ CPU = torch.device("cpu")
 
 
 def arguments(**changes):
-    return SimpleNamespace(**{"dataset": "synthetic", "data_root": None, "imb_factor": 100.0, "subset_seed": 0,
-                              "val_per_class": 0, "image_size": None, **changes})
+    args = common.base_parser("").parse_args(["--dataset", "synthetic"])
+    return SimpleNamespace(**vars(args) | changes)
 
 
 def rows(images):
@@ -61,7 +62,9 @@ def test_the_subset_is_the_one_of_the_global_generator_and_leaves_that_alone():
 def test_fingerprints_on_the_real_data(name):
     if not (CIFAR / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]).is_dir():
         pytest.skip(f"no CIFAR files in {CIFAR} (CIFAR_ROOT names another folder)")
-    (_, labels), _ = common.cifar(name, CIFAR)
+    parts, classes = common.cifar(name, CIFAR)
+    _, labels = parts["train"]
+    assert classes[:2] == {"cifar10": ["airplane", "automobile"], "cifar100": ["apple", "aquarium_fish"]}[name]
     for factor, fingerprint in common.FINGERPRINTS[name].items():
         counts = common.exp_counts(np.bincount(labels)[0], labels.max() + 1, factor)
         indices = common.long_tail_indices(labels, counts)
@@ -120,9 +123,9 @@ def test_crop_offsets_are_uniform_and_half_are_mirrored():
     assert 0.48 < mirrored.double().mean() < 0.52
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 100, 1000])
-def test_an_epoch_holds_every_image_once(batch_size):
-    n = 100
+@pytest.mark.parametrize("n, batch_size", [(100, 1), (100, 7), (100, 64), (100, 100), (100, 1000), (101, 100), (71, 7)])
+def test_an_epoch_holds_every_image_once(n, batch_size):
+    """But for a single image that would be a last batch of its own, another one each epoch."""
     images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 4, 4, 3)
     split = common.Split(images, torch.arange(n) % 10, torch.zeros(3), torch.ones(3))
     generator, orders = torch.Generator().manual_seed(0), []
@@ -131,9 +134,10 @@ def test_an_epoch_holds_every_image_once(batch_size):
         assert [len(x) for x, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
         x, labels = (torch.cat(parts) for parts in zip(*batches))
         order = x[:, 0, 0, 0].long()
-        assert order.sort().values.tolist() == list(range(n)) and (labels == order % 10).all()
+        alone = batch_size > 1 and n % batch_size == 1
+        assert len(order.unique()) == len(order) == n - alone and (labels == order % 10).all()
         orders.append(order.tolist())
-    assert orders[0] != orders[1]
+    assert orders[0] != orders[1] and all(len(x) > 1 or batch_size == 1 for x, _ in batches)
 
 
 def test_batches_in_several_parts_are_whole_and_normalised(monkeypatch):
@@ -153,6 +157,49 @@ class FakeGraph:
         self.loss.copy_(self.step(self.x, self.labels))
 
 
+def fake_cuda(monkeypatch, graph):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {"Stream": lambda: stream, "graph": graph, "CUDAGraph": FakeGraph, "current_stream": lambda: stream,
+                       "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.parametrize("broken", ["warm-up", "capture", "replay"])
+def test_where_capturing_fails_training_goes_on_from_the_same_state(monkeypatch, capsys, broken):
+    class Graph(contextlib.nullcontext):
+        def __init__(self, graph, stream):
+            super().__init__()
+            if broken == "capture":
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(graph):
+        raise RuntimeError("CUDA error: launch failed")
+    fake_cuda(monkeypatch, Graph)
+    monkeypatch.setattr(FakeGraph, "replay", replay)
+    weights = []
+    for on_gpu in (False, True):
+        torch.manual_seed(0)
+        net, calls = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)), [0]
+        optimizer = torch.optim.SGD(net.parameters(), torch.tensor(0.1), momentum=0.9, fused=True)
+
+        def step(x, labels):
+            calls[0] += 1
+            loss = F.cross_entropy(net(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if on_gpu and broken == "warm-up" and calls[0] == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss.detach()
+        where = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(is_cuda=on_gpu)]), state_dict=net.state_dict)
+        run = common.captured(step, where, optimizer)
+        for n in (4, 4, 3):
+            run(torch.ones(n, 3) * torch.arange(n)[:, None], torch.zeros(n, dtype=torch.long))
+        weights.append([value.clone() for value in net.state_dict().values()])
+    assert all((a == b).all() for a, b in zip(*weights))
+    assert capsys.readouterr().out.count("not captured") == 2  # once for each batch size
+
+
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_a_captured_run_equals_an_uncaptured_one(monkeypatch, momentum):
     class Recording:  # stands for torch.cuda.graph and runs the step once for real: a harsher test of the restoring
@@ -164,10 +211,7 @@ def test_a_captured_run_equals_an_uncaptured_one(monkeypatch, momentum):
 
         def __exit__(self, *_):
             self.graph.x, self.graph.labels, self.graph.loss, self.graph.step = last
-    for name, fake in {"Stream": lambda: SimpleNamespace(wait_stream=lambda other: None), "graph": Recording, "CUDAGraph": FakeGraph,
-                       "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None)}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: __import__("contextlib").nullcontext())
+    fake_cuda(monkeypatch, Recording)
     data, last, results = common.load_data(arguments(), CPU), [], []
     for capture in (False, True):
         torch.manual_seed(0)
@@ -201,6 +245,8 @@ def test_a_captured_run_equals_an_uncaptured_one(monkeypatch, momentum):
 def test_on_a_cpu_the_step_is_not_wrapped():
     step = lambda x, labels: None  # noqa: E731
     assert common.captured(step, torch.nn.Linear(1, 1), None) is step
+    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(is_cuda=True)]))
+    assert common.captured(step, on_gpu, None, enabled=False) is step
 
 
 # ---- networks
@@ -243,26 +289,8 @@ def test_report_by_hand():
     scores = common.report(F.one_hot(predicted, 4).float(), labels, counts)
     assert scores == {"all": pytest.approx((50 + 100 + 25 + 50) / 4), "many": 50.0, "medium": 62.5, "few": 50.0}
     assert common.report(torch.eye(2), torch.tensor([0, 1]), [500, 200]) == {"all": 100.0, "many": 100.0, "medium": None, "few": None}
-
-
-def test_fisher_ratio_against_loops():
-    rng = np.random.RandomState(0)
-    labels = rng.randint(0, 4, 200)
-    feat = rng.randn(200, 6) + rng.randn(4, 6)[labels]
-    mean, within, between = feat.mean(0), np.zeros((6, 6)), np.zeros((6, 6))
-    for k in range(4):
-        own = feat[labels == k]
-        between += len(own) * np.outer(own.mean(0) - mean, own.mean(0) - mean)
-        for f in own:
-            within += np.outer(f - own.mean(0), f - own.mean(0))
-    slow = np.trace(np.linalg.inv(within) @ between)
-    assert common.fisher_ratio(torch.tensor(feat), torch.tensor(labels)) == pytest.approx(slow, rel=1e-9)
-    dead = np.concatenate([feat, np.full((200, 2), 3.0)], 1)  # dimensions that never vary are left out
-    assert common.fisher_ratio(torch.tensor(dead), torch.tensor(labels)) == pytest.approx(slow, rel=1e-9)
-    absent = torch.tensor(labels + (labels > 1))  # no sample has label 2
-    assert common.fisher_ratio(torch.tensor(feat), absent) == pytest.approx(slow, rel=1e-9)
-    for bad in (feat[:3], feat[:, [0, 0]], np.ones((200, 6))):  # no variance within; a doubled dimension; nothing varies
-        assert math.isnan(common.fisher_ratio(torch.tensor(bad), torch.tensor(labels[:len(bad)] if len(bad) > 3 else [0, 1, 2])))
+    absent = common.report(torch.eye(3)[:2], torch.tensor([0, 1]), [500, 200, 5])  # no image of the third class
+    assert absent == {"all": 100.0, "many": 100.0, "medium": None, "few": None}
 
 
 def test_predict_is_plain_in_eval_mode_and_averages_the_mirror_image():
@@ -279,26 +307,46 @@ def test_predict_is_plain_in_eval_mode_and_averages_the_mirror_image():
     assert (common.predict(net, data.test, flip=True)[0] - both).abs().max() < 1e-4
 
 
+def test_an_affine_map_is_a_linear_layer():
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    linear = common.as_linear(lambda feat: 2 * net(feat) - torch.tensor([1.0, 2.0, 3.0]), 5, CPU)
+    feat = torch.randn(11, 5)
+    assert torch.allclose(linear(feat), 2 * net(feat) - torch.tensor([1.0, 2.0, 3.0]), atol=1e-5)
+    assert common.as_linear(net[0], 5, CPU) is net[0]
+
+
 # ---- the table
 
 def line(**changes):
-    result = {"method": "rbl", "dataset": "cifar100", "imb_factor": 100.0, "seed": 0, "flags": {"seed": 0, "lr": 0.1},
-              "seconds": 60.0, "command": "methods/rbl.py --seed 0 --out x",
-              "rows": [{"row": "rbl", "acc": {"all": 50.0, "many": 70.0, "medium": 50.0, "few": None}, "acc_flip": None,
-                        "paper": {"all": 53.1, "source": "Table 1"}}]}
-    return result | changes
+    scores = {"all": 50.0, "many": 70.0, "medium": 50.0, "few": None}
+    row = {"row": "rbl", "acc": scores, "acc_flip": scores, "best_test": None,
+           "paper": {"all": 53.1, "habit": "best epoch", "source": "poster, Table 1"}}
+    run = {"method": "rbl", "dataset": "cifar100", "imb_factor": 100.0, "seed": 0, "flags": {"seed": 0, "lr": 0.1}, "rows": [row],
+           "subset": {"sha256": "e0d5"}, "seconds": 60.0, "device": "CPU", "command": "methods/rbl.py --seed 0 --out 'a b' --lr 1"}
+    return json.loads(json.dumps(run | changes))
 
 
 def test_table_means_and_deviations():
-    other = json.loads(json.dumps(line(seed=1, flags={"seed": 1, "lr": 0.1})))
+    other = line(seed=1, flags={"seed": 1, "lr": 0.1})
     other["rows"][0]["acc"]["all"] = 52.0
     text = common.table([line(), other, other])
-    assert "| rbl | rbl | cifar100, 100 | 53.1 (Table 1) | 51.0 ± 1.4 |" in text and "| 0 1 |" in text
-    assert "few" not in text and "best on test" not in text  # columns without a number are left out
+    assert "| rbl | rbl | 53.1 best epoch [1] | 51.0 ± 1.4 | 70.0 ± 0.0 / 50.0 ± 0.0 / - |" in text
+    assert "| 0 1 | 0.017 h, CPU | `methods/rbl.py --lr 1` |" in text and text.endswith("[1] poster, Table 1")
+    assert text.startswith("cifar100, imbalance: factor 100\n")
 
 
-def test_table_announces_what_was_not_run_until_it_is():
-    announced = json.loads(json.dumps(line(seed=None, flags={}, seconds=None)))
-    announced["rows"][0]["acc"] = None
-    assert "not run" in common.table([announced])
-    assert "not run" not in common.table([announced, line()]) and common.table([announced, line()]).count("\n") == 2
+def test_table_keeps_apart_what_differs():
+    runs = [line(), line(flags={"seed": 0, "lr": 0.2}), line(subset={"sha256": "other"}), line(dataset="cifar10")]
+    text = common.table(runs)
+    assert text.count("| rbl | rbl |") == 4 and "cifar10, imbalance" in text
+    stage1 = [line(flags={"stage1": f"runs/wd-seed{k}/weights.pt", "stage1_sha256": str(k)}, seed=k) for k in (0, 1)]
+    assert common.table(stage1).count("| rbl | rbl |") == 1
+
+
+def test_results_of_a_folder_and_of_a_file(tmp_path, capsys):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "result.json").write_text(json.dumps(line()))
+    (tmp_path / "all.jsonl").write_text(json.dumps(line()) + "\n\n" + json.dumps(line(seed=1)))
+    assert common.load_results(tmp_path / "runs") == [line()]
+    assert common.load_results(tmp_path / "all.jsonl") == [line(), line(seed=1)]
+    assert common.load_results(tmp_path / "runs" / "a" / "result.json") == [line()]

@@ -4,7 +4,8 @@ import torch
 
 import common
 import rbl
-from test_runs import MODES, lines, same, weights
+from conftest import result, same, saved
+from test_runs import MODES
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -13,22 +14,21 @@ ALL_MODES = [(script, mode) for script in MODES for mode in MODES[script]]
 
 
 @pytest.mark.parametrize("script, mode", ALL_MODES)
-def test_a_captured_run_is_the_uncaptured_one_bit_for_bit(call, tmp_path, monkeypatch, script, mode):
+def test_a_captured_run_is_the_uncaptured_one_bit_for_bit(call, tmp_path, capsys, script, mode):
     for precision in ("fp32", "bf16"):
         flags = (*EXACT, "--precision", precision, *mode)
         assert call(script, *flags, out=tmp_path / f"{precision} captured") == 0
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "captured", lambda step, net, optimizer: step)
-            assert call(script, *flags, out=tmp_path / f"{precision} plain") == 0
+        assert "not captured" not in capsys.readouterr().out
+        assert call(script, *flags, "--no-graph", out=tmp_path / f"{precision} plain") == 0
         a, b = (tmp_path / f"{precision} {kind}" for kind in ("captured", "plain"))
-        assert same(weights(a), weights(b)) and lines(a)[0]["rows"] == lines(b)[0]["rows"]
+        assert same(saved(a)["net"], saved(b)["net"]) and result(a)["rows"] == result(b)["rows"]
 
 
 @pytest.mark.parametrize("script", MODES)
 def test_the_same_command_gives_the_same_weights(call, tmp_path, script):
     for out in ("a", "b"):
         assert call(script, *EXACT, out=tmp_path / out) == 0
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert same(saved(tmp_path / "a")["net"], saved(tmp_path / "b")["net"])
 
 
 @pytest.mark.parametrize("script", ["lort", "rbl", "ewb_fdr"])
@@ -46,16 +46,16 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(call, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log", log)
         codes = [call(script, *flags, out=tmp_path / "pieces") for _ in range(12)]
-    assert 130 in codes and codes[-1] == 0 and same(weights(tmp_path / "whole"), weights(tmp_path / "pieces"))
+    assert 130 in codes and codes[-1] == 0 and same(saved(tmp_path / "whole")["net"], saved(tmp_path / "pieces")["net"])
 
 
 @pytest.mark.parametrize("script", MODES)
 def test_a_gpu_learns_what_a_cpu_learns(call, tmp_path, script):
     for device in ("cpu", DEVICE):
         assert call(script, "--device", device, out=tmp_path / device) == 0
-    cpu, gpu = (lines(tmp_path / device)[0] for device in ("cpu", DEVICE))
-    assert abs(cpu["acc"]["all"] - gpu["acc"]["all"]) < 6  # other random numbers: as two seeds differ
-    assert common.load(next(tmp_path.glob(f"{DEVICE}/*/test_logits.pt")))["labels"].device.type == "cpu"
+    cpu, gpu = (result(tmp_path / device)["rows"][-1]["acc"]["all"] for device in ("cpu", DEVICE))
+    assert abs(cpu - gpu) < 6  # other random numbers: as two seeds differ
+    assert saved(tmp_path / DEVICE, "test_logits.pt")["labels"].device.type == "cpu"
 
 
 def test_the_operations_are_those_of_the_cpu():

@@ -169,6 +169,23 @@ def test_both_class_balanced_losses():
     assert torch.allclose(ours.grad, torchs.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
+def test_log_one_minus_softmax(size):
+    """Against the sum over the other classes in float64, value and gradient; a sure wrong class keeps its gradient."""
+    logits = (size * rand(50, 7)).requires_grad_()
+    others = logits[:, None].expand(50, 7, 7).masked_fill(torch.eye(7).bool(), -torch.inf)
+    slow = others.logsumexp(2) - logits.logsumexp(1, keepdim=True)
+    fast = ewb_fdr.log_one_minus_softmax(logits)
+    assert torch.allclose(fast, slow, rtol=1e-10)
+    upstream = rand(50, 7, seed=1)
+    a, b = (torch.autograd.grad(value, logits, upstream)[0] for value in (fast, slow))
+    assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(ewb_fdr.log_one_minus_softmax(logits.float()).double(), slow, rtol=1e-4, atol=1e-6)
+    sure = torch.tensor([[40.0, 0.0, 0.0]], requires_grad=True)
+    ewb_fdr.class_balanced_loss(sure, torch.tensor([1]), torch.ones(3), "bce").backward()
+    assert sure.grad[0, 0].item() == pytest.approx(2 / 3) and sure.grad[0, 1].item() == pytest.approx(-0.5)
+
+
 def test_at_uniform_logits_the_forms_differ_by_k_minus_one():
     gradients = []
     for form in ("ce", "bce"):
@@ -214,6 +231,26 @@ def test_unit_rows_and_the_choice_of_strength():
     best = common.report(ewb_fdr.additive_la(logits, counts, tau), labels, counts)["all"]
     scores = [common.report(ewb_fdr.additive_la(logits, counts, k / 20), labels, counts)["all"] for k in range(61)]
     assert best == max(scores) and tau == scores.index(best) / 20 and tau > 0
+
+
+def test_fisher_ratio_against_loops():
+    rng = np.random.RandomState(0)
+    labels = rng.randint(0, 4, 200)
+    feat = rng.randn(200, 6) + rng.randn(4, 6)[labels]
+    mean, within, between = feat.mean(0), np.zeros((6, 6)), np.zeros((6, 6))
+    for k in range(4):
+        own = feat[labels == k]
+        between += len(own) * np.outer(own.mean(0) - mean, own.mean(0) - mean)
+        for f in own:
+            within += np.outer(f - own.mean(0), f - own.mean(0))
+    slow = np.trace(np.linalg.inv(within) @ between)
+    assert ewb_fdr.fisher_ratio(torch.tensor(feat), torch.tensor(labels)) == pytest.approx(slow, rel=1e-9)
+    dead = np.concatenate([feat, np.full((200, 2), 3.0)], 1)  # dimensions that never vary are left out
+    assert ewb_fdr.fisher_ratio(torch.tensor(dead), torch.tensor(labels)) == pytest.approx(slow, rel=1e-9)
+    absent = torch.tensor(labels + (labels > 1))  # no sample has label 2
+    assert ewb_fdr.fisher_ratio(torch.tensor(feat), absent) == pytest.approx(slow, rel=1e-9)
+    for bad in (feat[:3], feat[:, [0, 0]], np.ones((200, 6))):  # no variance within; a doubled dimension; nothing varies
+        assert math.isnan(ewb_fdr.fisher_ratio(torch.tensor(bad), torch.tensor(labels[:len(bad)] if len(bad) > 3 else [0, 1, 2])))
 
 
 # ---- LWR
@@ -340,24 +377,24 @@ def slow_hinge(feat, labels, weight, tau_plus, tau_minus):
 def test_hinge_logits():
     weight, labels = common.simplex_etf(5, 8, torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 3, 4, 0, 4])
     feat = 3 * weight[labels] + 0.7 * rand(7, 8)
-    for tau_minus in (math.pi, 1.2, torch.tensor([math.pi, 1.2, 1.3, 1.0, 1.1]).double()):
-        tau_plus = torch.tensor([0.0, 0.3, 0.6, 0.9, 1.2]).double()
-        slow = slow_hinge(feat, labels, weight, tau_plus.tolist(), torch.as_tensor(tau_minus).expand(5).tolist())
+    for tau_minus in ([math.pi] * 5, [1.2] * 5, [math.pi, 1.2, 1.3, 1.0, 1.1]):
+        tau_plus, tau_minus = torch.tensor([0.0, 0.3, 0.6, 0.9, 1.2]).double(), torch.tensor(tau_minus).double()
+        slow = slow_hinge(feat, labels, weight, tau_plus.tolist(), tau_minus.tolist())
         assert np.allclose(hinge_ce.hinge_logits(feat, labels, weight, tau_plus, tau_minus), slow, atol=1e-12)
     along = 3 * weight.float()[labels]  # where rounding could mistake <w, u> for |u| |w| cos 0
-    assert (hinge_ce.hinge_logits(along, labels, weight.float(), torch.zeros(5), math.pi) == along @ weight.float().T).all()
+    assert (hinge_ce.hinge_logits(along, labels, weight.float(), torch.zeros(5), torch.full((5,), math.pi)) == along @ weight.float().T).all()
 
 
 def test_hinge_gradients():
     weight, labels = common.simplex_etf(4, 4, torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 3])
     inside = (5 * weight + 0.05 * rand(4, 4)).requires_grad_()
-    tau = torch.full((4,), math.radians(30)).double()
-    own = hinge_ce.hinge_logits(inside, labels, weight, tau, math.pi).diagonal().sum()
+    tau, none = torch.full((4,), math.radians(30)).double(), torch.full((4,), math.pi).double()
+    own = hinge_ce.hinge_logits(inside, labels, weight, tau, none).diagonal().sum()
     assert (torch.autograd.grad(own, inside)[0] == 0).all()  # in the cone the logit is constant: |u| is not differentiated
     theta = math.acos(-1 / 3)
     logits = hinge_ce.hinge_logits(inside, labels, weight, tau, theta - tau)
     assert (torch.autograd.grad(F.cross_entropy(logits, labels), inside)[0] == 0).all()  # Theorem 1
-    logits = hinge_ce.hinge_logits(inside, labels, weight, tau, math.pi)
+    logits = hinge_ce.hinge_logits(inside, labels, weight, tau, none)
     assert torch.autograd.grad(F.cross_entropy(logits, labels), inside)[0].abs().max() > 1e-5  # with tau- = pi it does not hold
 
 
