@@ -1,6 +1,6 @@
 """What the scripts in methods/ share, so that their numbers can be compared. First what decides a number: the
-data, the batches, the backbones, the scores. Then what does not: the flags, how a run is kept, the table. No
-method and no training loop is in here.
+data, the batches, the backbones, the scores; your own images and the large sets in a section of their own.
+Then what does not: the flags, how a run is kept, the table. No method and no training loop is in here.
 
     python common.py RUNS                      the table of the finished runs in a folder, or in a .jsonl file
     python common.py classes RUN               the accuracy of every class in a finished run
@@ -28,6 +28,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from tqdm.contrib.concurrent import thread_map
 
 # ---------------------------------------------------------------------------------------------- 1 data
 
-DATASETS = ("cifar10", "cifar100", "synthetic")
+DATASETS = ("cifar10", "cifar100", "synthetic", "imagenet-lt", "inat18", "places-lt")
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10; the field uses them for CIFAR-100 too
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 FINGERPRINTS = {  # of the field's standard subsets: sha256 of the indices, first 16 digits
@@ -51,10 +52,13 @@ FINGERPRINTS = {  # of the field's standard subsets: sha256 of the indices, firs
 
 
 class Split(NamedTuple):
-    images: torch.Tensor  # (N, H, W, 3) uint8
+    images: torch.Tensor  # (N, H, W, 3) uint8, or an ImageFile
     labels: torch.Tensor  # (N,) int64
     mean: torch.Tensor    # (3,) float32, in grey levels, as std
     std: torch.Tensor
+    sizes: torch.Tensor | None = None  # (N, 2) width and height of the photographs that are here as squares
+    crop: int = 0         # pixels a side that the network sees of these
+    jitter: float = 0.0
 
 
 class Data(NamedTuple):
@@ -67,14 +71,14 @@ class Data(NamedTuple):
 
 
 def exp_counts(n_max, num_classes, imb_factor):
-    """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW (Cao et
-    al. 2019)."""
+    """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW has it
+    (Cao et al. 2019)."""
     return [int(n_max * imb_factor ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
 def shuffled_classes(labels, num_classes, seed):
-    """The indices of each class, shuffled class after class. Seed 0: as LDAM-DRW's global generator does
-    it."""
+    """The indices of each class, shuffled class after class; with seed 0 as LDAM-DRW's global generator
+    does."""
     rng = np.random.RandomState(seed)
     labels = np.asarray(labels)
     shuffled = []
@@ -134,133 +138,28 @@ def synthetic():
     return {"train": draw(250), "test": draw(50)}, [f"pattern {c}" for c in range(20)]
 
 
-def image_files(folder, part, root):
-    """[(path, class name)] of your own images, [] if there is no such part: of a folder `part` with a folder
-    per class, or of a list `*part.txt` of lines `path label`, whose paths lie below root."""
-    from PIL import Image
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    folders = [path for path in entries if path.is_dir() and path.name.lower().startswith(part)]
-    lists = [path for path in entries if path.name.lower().endswith(f"{part}.txt")]
-    if part == "val" and not folders + lists:
-        return []
-    if len(folders + lists) != 1:
-        names = ", ".join(path.name for path in entries[:9])
-        fail(f"{folder} needs one folder {part}/ with a folder per class, or one list *{part}.txt of lines "
-             f"`path label`, not {len(folders)} and {len(lists)}; it has {names}")
-    files, others = [], []
-    if lists:
-        for line in lists[0].read_text("utf-8-sig", "replace").splitlines():
-            path, _, label = line.strip().rpartition(" ")
-            if label:
-                files.append((root / path.strip(), label))
-        return files
-    for path in sorted(folders[0].rglob("*")):
-        names = path.relative_to(folders[0]).parts
-        if path.is_dir() or len(names) == 1 or any(name.startswith(".") for name in names):
-            continue
-        known = path.suffix.lower() in Image.registered_extensions()
-        (files if known else others).append((path, names[0]))
-    if others:
-        print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
-    return files
-
-
-def read_image(path, size):
-    """(H, W, 3) uint8 of a file, scaled and cropped to size x size if a size is given. Raises ValueError."""
-    from PIL import Image, ImageOps
-    try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":
-            raise ValueError("16-bit and float pixels: convert them to 8 bits")
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises many kinds
-        raise ValueError(f"{path} cannot be read as an image ({error})") from None
-    return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
-
-
-def read_images(paths, size):
-    """(N, S, S, 3) uint8. The first image is checked before the rest is read; errors are told together."""
-    def read(path):
-        try:
-            return read_image(path, size)
-        except ValueError as error:
-            return error
-
-    def check(path, image, side):
-        if image.shape != (side, side, 3) or not (size or 16 <= side <= 256):
-            height, width, _ = image.shape
-            fail(f"{path} has {width} x {height} pixels: images must be squares of one size, from 16 to 256 "
-                 "pixels, or give --image-size")
-
-    first = read(paths[0])
-    if not isinstance(first, ValueError):
-        check(paths[0], first, len(first))
-    images = thread_map(read, paths, desc="reading", disable=None)
-    errors = [str(image) for image in images if isinstance(image, ValueError)]
-    if errors:
-        fail(f"{'; '.join(errors[:3])} ({len(errors)} of {len(images)} images; those of lists lie below "
-             "--data-root)")
-    for path, image in zip(paths, images):
-        check(path, image, len(first))
-    return np.stack(images)
-
-
-def own_images(folder, root, size):
-    """Like cifar(): your own images, maybe with a part "val". Classes are numbered by their training images,
-    the largest first. size: pixels a side, or None for small squares as they are."""
-    if not folder.is_dir():
-        fail(f"--dataset {folder}: not one of {', '.join(DATASETS)}, and no such folder")
-    files = {part: image_files(folder, part, root) for part in ("train", "test", "val")}
-    names = {part: Counter(name for _, name in listed) for part, listed in files.items()}
-    classes = sorted(names["train"], key=lambda name: (-names["train"][name], name))
-    if len(classes) < 2:
-        fail(f"{folder}: training images of two classes are needed, not of {len(classes)}")
-    for part, needed in (("train", names["test"] | names["val"]), ("test", names["train"])):
-        missing = sorted(needed.keys() - names[part].keys())
-        if missing:
-            fail(f"{folder}: class {missing[0]} has no {part} images")
-    number_of = {name: c for c, name in enumerate(classes)}
-    images = read_images([path for listed in files.values() for path, _ in listed], size)
-
-    parts, seen = {}, {}
-    for part, listed in files.items():
-        pixels, images = images[:len(listed)], images[len(listed):]
-        for (path, name), image in zip(listed, pixels):
-            other, *place = seen.setdefault(hashlib.sha256(image).digest(), (path, part, name))
-            if place != [part, name]:  # in two parts or classes it would make the scores wrong
-                fail(f"{path} ({part}, {name}) and {other} ({', '.join(place)}) are the same picture")
-        if listed:
-            parts[part] = pixels, np.array([number_of[name] for _, name in listed])
-    return parts, classes
-
-
 def mean_and_std(images):
-    """(3,) each, in grey levels, image by image: a float copy of all would be large. A channel may be
-    constant."""
+    """(3,) each, in grey levels. Image by image, since a float copy of all would be large."""
     mean, square = np.zeros(3), np.zeros(3)
     for image in images:
         mean += image.mean((0, 1)) / len(images)
         square += np.square(image, dtype=float).mean((0, 1)) / len(images)
-    return mean, np.sqrt(np.maximum(square - mean**2, 1))
+    return mean, np.sqrt(np.maximum(square - mean**2, 1))  # a channel may be constant
 
 
-def load_data(args, device):
-    """Data: the long-tailed training set, the validation set if there is one, the whole test set."""
-    if args.dataset == "synthetic":
-        parts, classes = synthetic()
-    elif args.dataset in DATASETS:
-        parts, classes = cifar(args.dataset, Path(args.data_root or "data"))
-    else:
-        root = Path(args.data_root or args.dataset)
-        parts, classes = own_images(Path(args.dataset), root, args.image_size)
+def long_tail(parts, args):
+    """(parts, counts, subset): the standard subset of the training part, and a part "val" if --val-per-class
+    asks for it. subset: see Data."""
     content = hashlib.sha256()
     for images, labels in parts.values():
-        content.update(np.ascontiguousarray(images))
+        if images.dtype == object:  # paths; of your own files the lengths tell whether they have changed
+            lengths = [path.stat().st_size for path in images if args.dataset not in LISTS and path.exists()]
+            content.update(str([lengths, list(images)]).encode())
+        else:
+            content.update(np.ascontiguousarray(images))
         content.update(labels)
 
-    # the standard subset: of each class, shuffled, the first counts[c] images
+    # of each class, shuffled, the first counts[c] images
     images, labels = parts["train"]
     counts = np.bincount(labels).tolist()
     if args.imb_factor != "natural":
@@ -276,31 +175,54 @@ def load_data(args, device):
 
     # validation images: the next ones of each class; where none are left (the head), it gives up its last
     n_val = args.val_per_class
+    if n_val and "val" in parts:
+        fail(f"--val-per-class {n_val}: {args.dataset} has validation images of its own")
     if n_val:
-        if "val" in parts:
-            fail(f"--val-per-class {n_val}: {args.dataset} has validation images of its own")
         shuffled = shuffled_classes(labels, len(counts), args.subset_seed)
         counts = [min(n, len(index) - n_val) for n, index in zip(counts, shuffled)]
         held_out = [index[max(n, 0):][:n_val] for n, index in zip(counts, shuffled)]
         held_out = np.concatenate(held_out)
-        parts["val"] = images[held_out], labels[held_out]
+        parts = parts | {"val": (images[held_out], labels[held_out])}
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
     train = long_tail_indices(labels, counts, args.subset_seed)
-    parts["train"] = images[train], labels[train]
+    parts = parts | {"train": (images[train], labels[train])}
+    subset = {"total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}
+    return parts, counts, subset
 
-    mean, std = 255 * np.array(CIFAR_MEAN), 255 * np.array(CIFAR_STD)
-    if args.dataset not in FINGERPRINTS:
-        mean, std = mean_and_std(parts["train"][0])
+
+def on_device(parts, mean, std, device):
+    """{part: Split} of {part: (images, labels)}."""
     mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
     std = torch.as_tensor(std, dtype=torch.float32, device=device)
-    splits = {"val": None}
+    splits = {}
     for part, (images, labels) in parts.items():
         images = torch.as_tensor(images, device=device)
         labels = torch.as_tensor(labels, device=device)
         splits[part] = Split(images, labels, mean, std)
-    subset = {"total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}
-    return Data(**splits, counts=counts, classes=classes, subset=subset)
+    return splits
+
+
+def load_data(args, device):
+    """Data: the long-tailed training set, the validation set if there is one, the whole test set."""
+    if args.dataset == "synthetic":
+        parts, classes = synthetic()
+    elif args.dataset in FINGERPRINTS:
+        parts, classes = cifar(args.dataset, Path(args.data_root or "data"))
+    elif args.dataset in LISTS:
+        parts, classes = listed_images(args)
+    else:
+        parts, classes = own_images(Path(args.dataset), Path(args.data_root or args.dataset))
+    parts, counts, subset = long_tail(parts, args)
+    if args.dataset == "synthetic":
+        mean, std = mean_and_std(parts["train"][0])
+        splits = on_device(parts, mean, std, device)
+    elif args.dataset in FINGERPRINTS:
+        mean, std = 255 * np.array(CIFAR_MEAN), 255 * np.array(CIFAR_STD)
+        splits = on_device(parts, mean, std, device)
+    else:
+        splits = read_files(parts, args, device)
+    return Data(splits["train"], splits.get("val"), splits["test"], counts, classes, subset)
 
 
 def normalised_as(data, mean, std):
@@ -316,19 +238,22 @@ def normalised_as(data, mean, std):
 # ---------------------------------------------------------------------------------------------- 2 batches
 
 AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats: all of CIFAR-100-LT at IF 100
+RANK = int(os.environ.get("RANK", 0))         # torchrun sets these
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def crop_flip(images, generator):
     """A random window of the image in a black margin of an eighth (4 pixels of 32), and a random mirror
-    image: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H,
-    W, 3) uint8."""
+    image: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image.
+    (N, H, W, 3) uint8."""
     n, height, width, _ = images.shape
     pad = height // 8
-    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=images.device)
-    mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=images.device) < 0.5
+    device = images.device
+    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=device)
+    mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view, (N, 2 pad + 1, 2 pad + 1, 3, H, W)
-    images = windows[torch.arange(n, device=images.device), top, left].permute(0, 2, 3, 1)
+    images = windows[torch.arange(n, device=device), top, left].permute(0, 2, 3, 1)
     return torch.where(mirrored, images.flip(2), images)
 
 
@@ -339,15 +264,48 @@ def normalise(images, split):
 
 def batches(split, batch_size, generator, augment=crop_flip):
     """Yield an epoch of (x, labels): every image once, in random order, augmented. The last batch may be
-    short; if it is a single image it is left out, since BatchNorm would take its statistics from that image
-    alone."""
+    short; a last batch of one image is left out, since BatchNorm would take its statistics from that alone.
+
+    Of several processes (ranks) all draw the same order and the same random numbers, and each gets its share
+    of every batch; so that the shares are equal, up to WORLD - 1 images are left out, other ones each epoch.
+    """
     order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
-    if batch_size > 1 and len(order) % batch_size == 1:
-        order = order[:-1]
+    order = order[:len(order) // WORLD * WORLD]
+    if batch_size > WORLD and len(order) % batch_size == WORLD:
+        order = order[:-WORLD]
+    if split.sizes is not None:
+        yield from photograph_batches(split, order, batch_size, generator)
+        return
     together = max(1, AT_ONCE // (split.images[0].numel() * batch_size))        # batches
     for index in order.split(together * batch_size):
-        x = normalise(augment(split.images[index], generator), split)
-        yield from zip(x.split(batch_size), split.labels[index].split(batch_size))
+        images = normalise(augment(split.images[index], generator), split)
+        for x, labels in zip(images.split(batch_size), split.labels[index].split(batch_size)):
+            yield x[RANK::WORLD], labels[RANK::WORLD]
+
+
+def take(split, index):
+    """(n, H, W, 3) uint8 on the device of the labels, wherever the images are. index (n,): on the host if
+    they are in a file."""
+    if isinstance(split.images, ImageFile):
+        images = split.images.read(index, pin=split.labels.is_cuda)
+        return images.to(split.labels.device, non_blocking=True)
+    return split.images[index]
+
+
+def average(tensors):
+    """Replace each tensor by its mean over the ranks."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def same_statistics(net):
+    """Give all ranks the running statistics of the first: BatchNorm itself is per rank."""
+    if WORLD > 1:
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def set_lr(optimizer, lr):
@@ -357,13 +315,17 @@ def set_lr(optimizer, lr):
 
 
 def captured(step, net, optimizer, enabled=True):
-    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, or if not enabled, step itself.
+    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, or if not enabled, step itself. Of
+    several ranks, the same step with gradients averaged over them.
 
     The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class
     weights) must be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights,
     buffers and momentum as they were. Where it fails, training goes on with step itself, from the same state.
     """
-    if not enabled or not next(net.parameters()).is_cuda:
+    if WORLD > 1:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in parameters]))
+    if WORLD > 1 or not enabled or not next(net.parameters()).is_cuda:
         return step
     graphs = {}  # batch size -> replay(x, labels), or step where capturing failed
     stream = torch.cuda.Stream()
@@ -479,12 +441,23 @@ class ResNet34(nn.Module):
         return self.body(x).mean((2, 3))
 
 
-def small(num_classes):
-    """Eight layers, for the demo."""
-    return ResNet32(num_classes, blocks=1)
+class Torchvision(nn.Module):
+    """torchvision's network of that name as it is, for 224 pixels."""
+
+    def __init__(self, num_classes, name):
+        super().__init__()
+        import torchvision
+        self.body = getattr(torchvision.models, name)()
+        self.fc = nn.Linear(self.body.fc.in_features, num_classes)
+        self.body.fc = nn.Identity()
+
+    def features(self, x):
+        return self.body(x)
 
 
-BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": small}
+BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": partial(ResNet32, blocks=1)}
+for name in ("resnet50", "resnext50_32x4d", "resnet152"):
+    BACKBONES[name] = partial(Torchvision, name=name)
 
 
 def simplex_etf(num_classes, dim, generator):
@@ -503,12 +476,30 @@ def simplex_etf(num_classes, dim, generator):
 
 
 @torch.no_grad()
-def features(net, split):
-    """net.features(x) of the plain images, (N, D) float32, in evaluation mode."""
+def features(net, split, mirrored=False):
+    """net.features(x) of the plain images or of their mirror images, (N, D) float32, in evaluation mode. Each
+    rank computes its share, and all get the whole."""
+    same_statistics(net)
     training = net.training
     net.eval()
-    feat = torch.cat([net.features(normalise(images, split)) for images in split.images.split(1000)])
+    n = len(split.labels)
+    at_once = 250 if isinstance(split.images, ImageFile) else 1000
+    mine = []
+    for index in torch.arange(RANK, n, WORLD).split(at_once):
+        images = take(split, index)
+        if split.sizes is not None:  # whole photographs: the test's view, the central crop
+            sizes = split.sizes[index]
+            extent = 7 / 8 * sizes.amin(1, keepdim=True) / sizes                # (n, 2)
+            images = resample(images, (1 - extent) / 2, extent, split.crop)
+        x = normalise(images, split)
+        mine.append(net.features(x.flip(3) if mirrored else x))
     net.train(training)
+    feat = torch.cat(mine)
+    if WORLD > 1:
+        shares = feat
+        feat = shares.new_zeros(n, shares.shape[1])
+        feat[RANK::WORLD] = shares
+        torch.distributed.all_reduce(feat)
     return feat
 
 
@@ -518,7 +509,7 @@ def predict(net, split, flip=False):
     mirror image (every fc here is an affine map, so the logits of the mean feature are the mean logits)."""
     feat = features(net, split)
     if flip:
-        feat = (feat + features(net, split._replace(images=split.images.flip(2)))) / 2
+        feat = (feat + features(net, split, mirrored=True)) / 2
     return net.fc(feat), feat
 
 
@@ -526,7 +517,8 @@ def shot_groups(counts):
     """{"all", "many" (> 100 training images), "medium" (20..100), "few" (< 20)} -> (C,) bool, which
     classes."""
     n = torch.as_tensor(counts)
-    return {"all": n >= 0, "many": n > 100, "medium": (n >= 20) & (n <= 100), "few": n < 20}
+    many, few = n > 100, n < 20
+    return {"all": n >= 0, "many": many, "medium": ~many & ~few, "few": few}
 
 
 def recalls(logits, labels, num_classes):
@@ -548,7 +540,335 @@ def report(logits, labels, counts):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------- 5 flags
+# ---------------------------------------------------------------------------------------------- 5 photographs
+
+# your own images, small or not, and the large sets of the field
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Lists(NamedTuple):
+    name: str      # the lists are NAME_train.txt and so on, of lines `path label`
+    test: str      # the list that the field tests on
+    known: tuple   # the field's files: git's ids of their contents, first 8 digits
+    jitter: float  # of brightness, contrast and saturation in training
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+
+
+LISTS = {
+    "imagenet-lt": Lists("ImageNet_LT", "test", ("a063f095", "3ed3188b", "76a2fb97", "bdc443f8"), 0.4),
+    "places-lt": Lists("Places_LT", "test", ("6392252f", "1d608b55", "b93a2ca5", "89c29c09", "e732e58b",
+                                             "d43400ac"), 0.4),
+    "inat18": Lists("iNaturalist18", "val", ("4accdb75", "4c239008"), 0.0,  # there is no other test set
+                    (0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
+
+
+def read_list(path, root):
+    """[(path below root, label)] of a file of lines `path label`."""
+    pairs = []
+    for line in path.read_text("utf-8-sig", "replace").splitlines():
+        name, _, label = line.strip().rpartition(" ")
+        if label:
+            file = root / name.strip()
+            pairs.append((file, label))
+    return pairs
+
+
+def image_files(folder, part, root):
+    """[(path, class name)] of your own images, [] if there is no such part: of a folder `part` with a folder
+    per class, or of a list `*part.txt`, whose paths lie below root."""
+    from PIL import Image
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in entries if path.is_dir() and path.name.lower().startswith(part)]
+    lists = [path for path in entries if path.name.lower().endswith(f"{part}.txt")]
+    if part == "val" and not folders + lists:
+        return []
+    if len(folders + lists) != 1:
+        names = ", ".join(path.name for path in entries[:9])
+        fail(f"{folder} needs one folder {part}/ with a folder per class, or one list *{part}.txt of lines "
+             f"`path label`, not {len(folders)} and {len(lists)}; it has {names}")
+    if lists:
+        return read_list(lists[0], root)
+    files, others = [], []
+    for path in sorted(folders[0].rglob("*")):
+        names = path.relative_to(folders[0]).parts
+        if path.is_dir() or len(names) == 1 or any(name.startswith(".") for name in names):
+            continue
+        known = path.suffix.lower() in Image.registered_extensions()
+        (files if known else others).append((path, names[0]))
+    if others:
+        print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
+    return files
+
+
+def own_images(folder, root):
+    """Like cifar(), with paths in place of images: your own, maybe with a part "val". Classes are numbered by
+    their training images, the largest first."""
+    if not folder.is_dir():
+        fail(f"--dataset {folder}: not one of {', '.join(DATASETS)}, and no such folder")
+    files = {part: image_files(folder, part, root) for part in ("train", "test", "val")}
+    names = {part: Counter(name for _, name in listed) for part, listed in files.items()}
+    classes = sorted(names["train"], key=lambda name: (-names["train"][name], name))
+    if len(classes) < 2:
+        fail(f"{folder}: training images of two classes are needed, not of {len(classes)}")
+    for part, needed in (("train", names["test"] | names["val"]), ("test", names["train"])):
+        missing = sorted(needed.keys() - names[part].keys())
+        if missing:
+            fail(f"{folder}: class {missing[0]} has no {part} images")
+    number_of = {name: c for c, name in enumerate(classes)}
+    parts = {}
+    for part, listed in files.items():
+        if listed:
+            paths = [path for path, _ in listed]
+            labels = [number_of[name] for _, name in listed]
+            parts[part] = np.array(paths), np.array(labels)
+    return parts, classes
+
+
+def listed_images(args):
+    """Like own_images(): a data set of the field's lists, which lie in --data-root as the images do. Classes
+    are numbered as in the lists and named by the folders. Says where a list is not the field's."""
+    lists, root = LISTS[args.dataset], Path(args.data_root or "data")
+    parts, names = {}, {}
+    for part, name in (("train", "train"), ("test", lists.test), ("val", "val")):
+        path = root / f"{lists.name}_{name}.txt"
+        if part == "val" and (name == lists.test or not path.exists()):
+            continue
+        try:
+            content = path.read_bytes()
+            listed = read_list(path, root)
+            labels = np.array([int(label) for _, label in listed])
+        except (OSError, ValueError) as error:
+            fail(f"{args.dataset} needs {path} with lines `path label`: {error}")
+        parts[part] = np.array([file for file, _ in listed]), labels
+        names |= {int(label): file.parent.name for file, label in listed}
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if blob[:8] not in lists.known:
+            print(f"{path} is not the field's list: no paper's number stands beside the result")
+            args.published = False
+    trained = np.unique(parts["train"][1])
+    if sorted(names) != list(range(len(trained))):
+        fail(f"{root}: the labels of the lists are not 0 to {len(names) - 1}, each with training images")
+    return parts, [names[c] for c in range(len(names))]
+
+
+class ImageFile:
+    """(N, S, S, 3) uint8 in a file. What is read of it does not stay in this process's memory."""
+
+    def __init__(self, path, n, side):
+        self.file = open(path, "rb")
+        self.shape = n, side, side, 3
+
+    def read(self, index, pin=False):
+        """The images of index (n,) as a tensor on the host."""
+        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8, pin_memory=pin)
+        for image, k in zip(images.numpy(), index.tolist()):
+            os.preadv(self.file.fileno(), [image], k * image.nbytes)
+        return images
+
+
+def open_image(path, turn=True):
+    """An image file as a Pillow image in RGB, turned as its camera says. Raises ValueError."""
+    from PIL import Image, ImageOps
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError("16-bit and float pixels: convert them to 8 bits")
+        return (ImageOps.exif_transpose(image) if turn else image).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"cannot be read as an image ({error})") from None
+
+
+def square(image, kind, side):
+    """(side, side, 3) uint8 of a Pillow image. kind: "as it is"; "whole", squashed; "test", torchvision's
+    Resize(8/7 side) and CenterCrop(side), 256 and 224. Raises ValueError."""
+    from torchvision.transforms import functional
+    if kind == "test":
+        image = functional.center_crop(functional.resize(image, side * 8 // 7), side)
+    elif kind == "whole":
+        image = functional.resize(image, (side, side), functional.InterpolationMode.BICUBIC)
+    elif image.size != (side, side) or not 16 <= side <= 256:
+        raise ValueError(f"{image.width} x {image.height} pixels: images must be squares of one size, from "
+                         "16 to 256 pixels, or give --image-size")
+    return np.asarray(image)
+
+
+def decode(file, paths, kind, side, turn):
+    """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
+    original and a digest of each square. What cannot be read is named together."""
+    os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
+
+    def read(k):
+        try:
+            image = open_image(paths[k], turn)
+            pixels = square(image, kind, side)
+        except ValueError as error:
+            return None, f"{paths[k]}: {error}"
+        os.pwrite(file.fileno(), pixels.tobytes(), k * pixels.nbytes)
+        return image.size, hashlib.sha256(pixels).hexdigest()[:16]
+
+    done = thread_map(read, range(len(paths)), desc="reading", disable=None)
+    errors = [text for size, text in done if size is None]
+    if errors:
+        fail(f"{'; '.join(errors[:3])} ({len(errors)} of {len(done)} images; those of lists lie below "
+             "--data-root)")
+    return [size for size, _ in done], [digest for _, digest in done]
+
+
+def decoded(folder, paths, kind, side, turn):
+    """(ImageFile, sizes, digests): decode() into a file in `folder`, unless that was done before."""
+    lengths = [path.stat().st_size for path in paths if turn and path.exists()]  # a changed file is read anew
+    wanted = str([kind, side, lengths, list(paths)])
+    name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
+    pixels, index = folder / f"{name}.pixels", folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{folder}, where decoded images are kept, cannot be made ({error.strerror})")
+    handle = lock(folder)  # one process decodes, the others wait
+    try:
+        if not index.exists():
+            with open(pixels, "wb") as file:
+                found = decode(file, paths, kind, side, turn)
+            save(index, json.dumps(found), every_rank=True)
+    finally:
+        os.close(handle)
+    sizes, digests = json.loads(index.read_text())
+    return ImageFile(pixels, len(paths), side), sizes, digests
+
+
+def small_squares(folder, parts, device):
+    """({part: Split}, digests) of {part: (paths, labels)}: images of one small size, read into memory."""
+    first = parts["train"][0][0]
+    try:
+        side = open_image(first).width
+    except ValueError:
+        side = 32  # decoded() names it, with the others that cannot be read
+    if not 16 <= side <= 256:
+        fail(f"{first} has {side} pixels a side: small images have 16 to 256, for others give --image-size")
+    images, digests = {}, {}
+    for part, (paths, labels) in parts.items():
+        file, _, digests[part] = decoded(folder, paths, "as it is", side, True)
+        images[part] = file.read(np.arange(len(paths))).numpy(), labels
+    return on_device(images, *mean_and_std(images["train"][0]), device), digests
+
+
+def photographs(folder, parts, args, device):
+    """({part: Split}, digests) of {part: (paths, labels)}: those for training whole, with the sizes of the
+    originals, to be cropped on the device; the others in the test's view."""
+    lists = LISTS.get(args.dataset, Lists("", "", (), 0.0))  # your own have ImageNet's mean and deviation
+    own = args.dataset not in LISTS
+    mean = 255 * torch.tensor(lists.mean, device=device)
+    std = 255 * torch.tensor(lists.std, device=device)
+    crop = args.image_size or 224
+    splits, digests = {}, {}
+    for part, (paths, labels) in parts.items():
+        labels = torch.as_tensor(labels, device=device)
+        if part == "train":
+            images, sizes, digests[part] = decoded(folder, paths, "whole", args.cache_size, own)
+            sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
+            splits[part] = Split(images, labels, mean, std, sizes, crop, lists.jitter)
+        else:
+            images, _, digests[part] = decoded(folder, paths, "test", crop, own)
+            splits[part] = Split(images, labels, mean, std)
+    return splits, digests
+
+
+def read_files(parts, args, device):
+    """{part: Split} of {part: (paths, labels)}. Your own images are small squares, or photographs if
+    --image-size is given; the same picture in two parts or two classes would make the scores wrong, and is
+    refused."""
+    if args.dataset in LISTS:
+        return photographs(Path(args.data_root or "data", ".cache"), parts, args, device)[0]
+    folder = Path(args.data_root or args.dataset, ".cache")
+    if args.image_size:
+        splits, digests = photographs(folder, parts, args, device)
+    else:
+        splits, digests = small_squares(folder, parts, device)
+    seen = {}
+    for part, (paths, labels) in parts.items():
+        for path, label, digest in zip(paths, labels, digests[part]):
+            other, *place = seen.setdefault(digest, (path, part, label))
+            if place != [part, label]:
+                fail(f"{path} in {part} and {other} in {place[0]} are the same picture, maybe in two classes")
+    return splits
+
+
+def photograph_batches(split, order, batch_size, generator):
+    """batches() of photographs: RandomResizedCrop, mirror image and ColorJitter."""
+    on_host = order.cpu()  # once per epoch: reading a batch then waits for nothing
+    for index, files in zip(order.split(batch_size), on_host.split(batch_size)):
+        u = torch.rand(len(index), 29, generator=generator, device=order.device)[RANK::WORLD]
+        index = index[RANK::WORLD]
+        start, extent = crop_boxes(u[:, :22], split.sizes[index])
+        images = take(split, files[RANK::WORLD])
+        x = resample(images, start, extent, split.crop, mirrored=u[:, 22] < 0.5)
+        if split.jitter:
+            x = colour_jitter(x, u[:, 23:], split.jitter)
+        yield normalise(x, split), split.labels[index]
+
+
+def crop_boxes(u, sizes):
+    """RandomResizedCrop's boxes as torchvision draws them: 8 to 100 % of the area, aspect ratio 3/4 to 4/3,
+    of ten draws the first that fits, else the largest central one. u (n, 22): random numbers; sizes (n, 2).
+    Returns where the boxes start and what they extend over, (n, 2) each, as parts of the width and height."""
+    area = sizes.prod(1, keepdim=True) * (0.08 + 0.92 * u[:, :10])              # (n, 10)
+    ratio = (4 / 3) ** (2 * u[:, 10:20] - 1)                                    # (n, 10)
+    widths = (area * ratio).sqrt().round()
+    heights = (area / ratio).sqrt().round()
+    extents = torch.stack([widths, heights], 2)                                 # (n, 10, 2)
+    fits = ((extents > 0) & (extents <= sizes[:, None])).all(2)                 # (n, 10)
+    first = fits.byte().argmax(1)
+    drawn = extents[torch.arange(len(sizes), device=u.device), first]           # (n, 2)
+    central = torch.minimum(sizes, sizes.flip(1) * 4 / 3).round()
+    any_fits = fits.any(1, keepdim=True)
+    extent = torch.where(any_fits, drawn, central)
+    room = sizes - extent
+    start = torch.where(any_fits, u[:, 20:22] * (room + 1), room / 2).floor()
+    return start / sizes, extent / sizes
+
+
+def resample(images, start, extent, size, mirrored=None):
+    """Pillow's bilinear resize, with antialiasing, of a box of each image: (n, S, S, 3) uint8 -> (n, size,
+    size, 3) float in 0..255, as two matrix products. start, extent (n, 2): x and y of the box, as parts of
+    the side; mirrored (n,)."""
+    side = images.shape[1]
+    pixel = torch.arange(side, device=images.device) + 0.5                      # (S,)
+    grid = (torch.arange(size, device=images.device) + 0.5) / size              # (size,)
+    weights = []
+    for k in (0, 1):  # x, y
+        at = grid.expand(len(images), size)
+        if k == 0 and mirrored is not None:
+            at = torch.where(mirrored[:, None], 1 - grid, grid)
+        centre = side * (start[:, k, None] + extent[:, k, None] * at)           # (n, size)
+        width = (side / size * extent[:, k]).clamp(min=1)  # (n,) of the triangular filter
+        w = (1 - (pixel - centre[..., None]).abs() / width[:, None, None]).clamp(min=0)
+        weights.append(w / w.sum(2, keepdim=True))                              # (n, size, S)
+    return torch.einsum("nyxc,niy,njx->nijc", images.float(), weights[1], weights[0])
+
+
+def colour_jitter(x, u, strength):
+    """torchvision's ColorJitter(s, s, s): brightness, contrast and saturation in an order drawn for each
+    image, rounded as Pillow does. x (n, H, W, 3) in 0..255, u (n, 6) random numbers."""
+    order = u[:, :3].argsort(1)                                                 # (n, 3)
+    factors = 1 + strength * (2 * u[:, 3:] - 1)                                 # (n, 3)
+    for step in (0, 1, 2):
+        kind = order[:, step].view(-1, 1, 1, 1)
+        factor = factors.gather(1, kind.view(-1, 1)).view(-1, 1, 1, 1)
+        red, green, blue = x.split(1, dim=3)                                    # (n, H, W, 1) each
+        grey = (0.299 * red + 0.587 * green + 0.114 * blue).round()
+        mean = grey.mean((1, 2), keepdim=True).round()
+        base = torch.where(kind == 1, mean, grey)
+        base = torch.where(kind == 0, 0.0, base)
+        x = (base + factor * (x - base)).clamp(0, 255).floor()
+    return x
+
+
+# ---------------------------------------------------------------------------------------------- 6 flags
 
 
 def fail(message, code=2):
@@ -604,21 +924,23 @@ def base_parser(doc):
     parser.error = fail
     add = parser.add_argument_group("common flags").add_argument
     add("--dataset", type=dataset, default="cifar100",
-        help="cifar10, cifar100, synthetic, or a folder of your own images")
-    add("--data-root", help="folder of the CIFAR files (data), or of the images in your lists (the lists')")
+        help=f"{', '.join(DATASETS)}, or a folder of your own images")
+    add("--data-root", help="folder of the data (data), or of the images in your own lists (the lists')")
     add("--imb-factor", type=imbalance, default=100.0,
         help="images of the largest class over those of the smallest; natural: all images")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the field's subset")
     add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
-    add("--image-size", type=number(int, 16, 4096), help="pixels a side: scales and crops your own images")
+    add("--image-size", type=number(int, 16, 4096), help="pixels a side: crops photographs, your own too")
+    add("--cache-size", type=number(int, 16, 4096), default=256,
+        help="pixels a side of the copies of photographs from which the training crops are taken")
     add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
     add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
-    add("--batch-size", type=ONE_OR_MORE, help="images per step")
+    add("--batch-size", type=ONE_OR_MORE, help="images per step, of all ranks together")
     add("--lr", type=POSITIVE, help="peak learning rate")
     add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
     add("--backbone", choices=list(BACKBONES), help="network below the classifier")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
-        help="auto: on a GPU bf16 for resnet34, else tf32; on a CPU fp32. Weights are always fp32")
+        help="auto: on a GPU tf32 for resnet32, else bf16; on a CPU fp32. Weights are always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
     add("--no-graph", action="store_true", help="do not replay the steps as CUDA graphs")
@@ -638,10 +960,8 @@ def parse(parser, argv, recipe, changes):
     parser.set_defaults(**recipe)
     first = parser.parse_args(argv)
     recipe |= changes.get(getattr(first, "variant", None), {})
-    if first.dataset in DATASETS:
-        recipe |= changes.get(first.dataset, {})
-    else:
-        recipe |= changes.get("own", {})
+    recipe |= changes.get(first.dataset if first.dataset in DATASETS else "own", {})
+    if first.dataset not in (*FINGERPRINTS, "synthetic"):
         parser.set_defaults(imb_factor="natural")
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
@@ -650,15 +970,17 @@ def parse(parser, argv, recipe, changes):
     return args
 
 
-# ---------------------------------------------------------------------------------------------- 6 the run
+# ---------------------------------------------------------------------------------------------- 7 the run
 
 SAVE_EVERY = 30.0  # seconds
 NO_INFLUENCE = ("out", "data_root", "no_graph", "published", "command")  # args that change no result
 
 
-def save(path, content):
+def save(path, content, every_rank=False):
     """Write text, or torch.save a dict, under another name and rename: the file is whole, or as it was
-    before."""
+    before. Of several ranks the first writes."""
+    if RANK and not every_rank:
+        return
     buffer = io.BytesIO()
     if isinstance(content, str):
         buffer.write(content.encode())
@@ -742,7 +1064,7 @@ def choose_device(name):
     """The torch.device of --device."""
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     if name == "auto":
-        name = gpus[0] if gpus else "cpu"
+        name = gpus[int(os.environ.get("LOCAL_RANK", 0))] if gpus else "cpu"
     if name not in ("cpu", *gpus) and not (name == "cuda" and gpus):
         fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
     return torch.device(name)
@@ -777,17 +1099,29 @@ class Run:
         dataset = Path(args.dataset).resolve().name
         self.folder = Path(args.out, f"{method}-{variant}-{dataset}-{factor}-seed{args.seed}")
         self._enter_folder()
+        self._join_ranks()
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
         self.history, self.best_test = [], None
         self.rows, self.logits, self.classifiers = [], {}, {}
+
+    def _join_ranks(self):
+        """Under torchrun: the first rank prints and writes."""
+        if WORLD == 1:
+            return
+        if self.args.batch_size % WORLD:
+            fail(f"--batch-size {self.args.batch_size} cannot be shared by {WORLD} processes")
+        torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.machine = f"{WORLD} x {self.machine}"
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
 
     def _set_arithmetic(self):
         """Precision and determinism; 'auto' as the help of --precision says."""
         gpu = self.device.type == "cuda"
         self.precision = self.args.precision
         if self.precision == "auto" and gpu:
-            self.precision = "bf16" if self.args.backbone == "resnet34" else "tf32"
+            self.precision = "tf32" if self.args.backbone in ("resnet32", "small") else "bf16"
         elif self.precision == "auto":
             self.precision = "fp32"
         if self.precision == "tf32" and not gpu:
@@ -807,7 +1141,8 @@ class Run:
         run."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder, wait=False)
+            if RANK == 0:
+                self.lock = lock(self.folder, wait=False)
         except BlockingIOError:
             fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         except OSError as error:
@@ -823,15 +1158,19 @@ class Run:
         """All is checked: print what is trained on what."""
         self.data = data
         self.params = sum(p.numel() for p in net.parameters())
-        groups = [f"{group.sum()} {name}" for name, group in shot_groups(data.counts).items()]
+        groups = shot_groups(data.counts)
+        groups = ", ".join(f"{groups[name].sum()} {name}" for name in groups)
         names = data.classes
         if len(names) > 6:
             names = names[:3] + ["..."] + names[-3:]
         held_out = len(data.val.labels) if data.val else 0
+        if data.train.sizes is not None:
+            augmentation = "RandomResizedCrop, flip" + ", ColorJitter" * (data.train.jitter > 0)
         print(f"{self.method}, {self.variant}, {self.args.dataset} -> {self.folder}")
         print("  subset:     {total:,} images, sha256 {sha256}".format(**data.subset))
-        print(f"  training:   {sum(data.counts):,} images, {max(data.counts)} to {min(data.counts)} a class")
-        print(f"  classes:    {', '.join(groups)}: {', '.join(names)}")
+        n, largest, smallest = sum(data.counts), max(data.counts), min(data.counts)
+        print(f"  training:   {n:,} images, {largest} to {smallest} per class")
+        print(f"  classes:    {groups}: {', '.join(names)}")
         print(f"  held out:   {held_out:,} for validation, {len(data.test.labels):,} for the test")
         print(f"  network:    {self.args.backbone}, {self.params:,} parameters")
         print(f"  batches:    {self.args.batch_size} images, {augmentation}")
@@ -855,12 +1194,14 @@ class Run:
         self.stopped, saved, pause = False, time.monotonic(), SAVE_EVERY
         first = self._resume(net) if self._checkpoint().exists() else 0
         interrupt = signal.getsignal(signal.SIGINT)
-        if interrupt is signal.default_int_handler:
+        if interrupt is signal.default_int_handler and WORLD == 1:
             signal.signal(signal.SIGINT, self._stop_after_epoch)
-        self.bar = tqdm(range(first, total), stage, total, initial=first, unit="epoch", disable=None)
+        hidden = True if RANK else None  # None: where there is no terminal
+        self.bar = tqdm(range(first, total), stage, total, initial=first, unit="epoch", disable=hidden)
         for self.epoch in self.bar:
             self.began = time.monotonic()
             yield self.epoch
+            same_statistics(net)
             now = time.monotonic()
             if self.epoch + 1 == total or self.stopped or now - saved > pause:
                 self._save(net)
@@ -880,9 +1221,14 @@ class Run:
 
     def _save(self, net):
         save(self._checkpoint(), {
-            "flags": self.flags, "subset": self.data.subset, "net": net.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-            "epoch": self.epoch + 1, "history": self.history, "best_test": self.best_test})
+            "flags": self.flags,
+            "subset": self.data.subset,
+            "net": net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch + 1,
+            "history": self.history,
+            "best_test": self.best_test})
         save(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
     def _resume(self, net):
@@ -907,7 +1253,10 @@ class Run:
     def log(self, losses, **extra):
         """End an epoch. losses: the 0-d losses of its steps; one that is not finite ends the run. extra: for
         log.jsonl."""
-        loss = torch.stack(losses).mean().item()
+        loss = torch.stack(losses).mean()
+        if WORLD > 1:
+            average([loss])
+        loss = loss.item()
         lr = self.optimizer.param_groups[0]["lr"].item()
         seconds = time.monotonic() - self.began
         done = self.epoch + 1
@@ -929,8 +1278,8 @@ class Run:
     def test_now(self):
         """Whether --eval-every asks for the test set after this epoch; if at all, then after the last one
         too."""
-        every = self.args.eval_every
-        return every > 0 and ((self.epoch + 1) % every == 0 or self.epoch + 1 == self.total)
+        every, done = self.args.eval_every, self.epoch + 1
+        return every > 0 and (done % every == 0 or done == self.total)
 
     def tested(self, logits, **extra):
         """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the
@@ -942,10 +1291,8 @@ class Run:
     def test(self, net):
         """Pass the test images and their mirror images through the network, for score() and finish()."""
         self.classifiers = {}  # of rows that were scored before: they belong to another network
-        test = self.data.test
-        self.feat = features(net, test)                                         # (N, D)
-        mirrored = features(net, test._replace(images=test.images.flip(2)))
-        self.feat_flip = (self.feat + mirrored) / 2
+        self.feat = features(net, self.data.test)                               # (N, D)
+        self.feat_flip = (self.feat + features(net, self.data.test, mirrored=True)) / 2
 
     @torch.no_grad()
     def score(self, row, classifier, best_test=None, strength=None):
@@ -962,6 +1309,8 @@ class Run:
             "best_test": best_test,
             "strength": strength,
             "paper": paper_number(self.paper, row, self.args)})
+        if logits.numel() > 2**25:  # 0.8 GB for iNaturalist 2018
+            logits = logits.half()
         self.logits[row] = logits.cpu()
         self.classifiers[row] = as_linear(classifier, self.feat.shape[1], self.device)
 
@@ -973,10 +1322,17 @@ class Run:
         linear = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
         linear |= {"fc.weight": fc.weight.detach(), "fc.bias": fc.bias.detach()}
         save(path, {
-            "net": net.state_dict(), "linear": linear,
+            "net": net.state_dict(),
+            "linear": linear,
             "rows": {row: classifier.state_dict() for row, classifier in self.classifiers.items()},
-            "flags": flags, "classes": data.classes, "counts": data.counts, "content": data.subset["content"],
-            "size": test.images.shape[1], "mean": test.mean, "std": test.std})
+            "flags": flags,
+            "classes": data.classes,
+            "counts": data.counts,
+            "content": data.subset["content"],
+            "view": "test" if isinstance(test.images, ImageFile) else "whole",
+            "size": test.images.shape[1],
+            "mean": test.mean,
+            "std": test.std})
 
     def finish(self, net, headline=None, **metrics):
         """Keep the weights, the test logits and, last, the result. headline: the row that the paper is about,
@@ -1016,8 +1372,11 @@ class Run:
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
         self.save_weights(self.folder / "weights.pt", net, self.flags)
         save(self.folder / "test_logits.pt", {
-            "logits": net.fc(self.feat).detach().cpu(), "labels": labels, "counts": torch.tensor(data.counts),
-            "classes": data.classes, "rows": self.logits,
+            "logits": net.fc(self.feat).detach().to(self.logits[headline]),
+            "labels": labels,
+            "counts": torch.tensor(data.counts),
+            "classes": data.classes,
+            "rows": self.logits,
             "strengths": {row["row"]: row["strength"] for row in self.rows}})
         save(self.folder / "result.json", json.dumps(result) + "\n")
         for path in self.folder.glob("*.ckpt"):
@@ -1027,7 +1386,7 @@ class Run:
         print(table([result]))
 
 
-# ---------------------------------------------------------------------------------------------- 7 results
+# ---------------------------------------------------------------------------------------------- 8 results
 
 NOT_IN_TABLE = r" --(seed|out|device|data-root|eval-every)[ =]('[^']*'|\S+)"  # flags of a command
 
@@ -1080,7 +1439,8 @@ def table(results):
         if title != (dataset, factor):
             title = dataset, factor
             imbalance = factor if factor == "natural" else f"factor {factor:g}"
-            lines += ["", f"{dataset}, imbalance: {imbalance}", "", "| " + " | ".join(columns) + " |"]
+            lines += ["", f"{dataset}, imbalance: {imbalance}", ""]
+            lines.append("| " + " | ".join(columns) + " |")
             lines.append("| --- " * len(columns) + "|")
         runs = [result for result, _ in seeds.values()]
         rows = [row for _, row in seeds.values()]
@@ -1090,7 +1450,8 @@ def table(results):
         reference = "-"
         if paper:
             footnote = sources.index(paper["source"]) + 1
-            reference = " ".join(f"{paper['all']} {paper['habit']} [{footnote}]".split())
+            habit = paper["habit"] and f" {paper['habit']}"
+            reference = f"{paper['all']}{habit} [{footnote}]"
         scores = {group: mean_std([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
         time_taken = np.mean([run["seconds"] for run in runs]) / 3600
         command = re.sub(NOT_IN_TABLE, "", runs[0]["command"])
@@ -1113,12 +1474,15 @@ def table(results):
 
 @torch.no_grad()
 def classify(net, saved, paths):
-    """(len(paths), C) probabilities of image files; net, saved: from load_network()."""
-    try:
-        images = np.stack([read_image(Path(path), saved["size"]) for path in paths])
-    except ValueError as error:
-        fail(error)
-    split = Split(torch.from_numpy(images), None, saved["mean"], saved["std"])
+    """(len(paths), C) probabilities of image files, in the test's view; net, saved: from load_network()."""
+    images = []
+    for path in paths:
+        try:
+            images.append(square(open_image(path), saved["view"], saved["size"]))
+        except ValueError as error:
+            fail(f"{path}: {error}")
+    images = torch.from_numpy(np.stack(images))
+    split = Split(images, torch.zeros(len(images)), saved["mean"], saved["std"])
     return predict(net, split)[0].softmax(1)
 
 
@@ -1126,15 +1490,17 @@ def print_predictions(run, row, paths):
     """The five most probable classes of images."""
     net, saved = load_network(Path(run, "weights.pt"), row)
     for path, probabilities in zip(paths, classify(net, saved, paths)):
-        likely = probabilities.argsort(descending=True)[:5].tolist()
-        words = [f"{saved['classes'][c]} {100 * probabilities[c]:.1f} %" for c in likely]
+        words = []
+        for c in probabilities.argsort(descending=True)[:5].tolist():
+            words.append(f"{saved['classes'][c]} {100 * probabilities[c]:.1f} %")
         print(f"{path}: {', '.join(words)}")
 
 
 def print_classes(run):
     """The accuracy of every class, in every row of the table."""
     saved = load(Path(run, "test_logits.pt"))
-    scores = [recalls(logits, saved["labels"], len(saved["counts"])) for logits in saved["rows"].values()]
+    labels, num_classes = saved["labels"], len(saved["classes"])
+    scores = [recalls(logits, labels, num_classes) for logits in saved["rows"].values()]
     print("| class | training images | " + " | ".join(saved["rows"]) + " |")
     print("| --- " * (2 + len(scores)) + "|")
     for c, name in enumerate(saved["classes"]):

@@ -177,7 +177,9 @@ def test_own_folders_and_lists_give_the_same_data(own):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.images.shape[1:] == (16, 16, 3)
     first = np.asarray(Image.open(own / "test" / "b" / "0.png"))
     assert (folders.test.images[folders.test.labels == 0][0].numpy() == first).all()
-    assert load(own, image_size=20).train.images.shape == (11, 20, 20, 3)
+    photographs = load(own, image_size=20)
+    assert photographs.train.images.shape == (11, 256, 256, 3) and photographs.train.crop == 20
+    assert photographs.test.images.shape == (6, 20, 20, 3)
     assert folders.subset["content"] == lists.subset["content"]
     Image.new("RGB", (16, 16)).save(own / "train" / "a" / "0.png")
     assert load(own).subset["content"] != folders.subset["content"]
@@ -293,14 +295,14 @@ def break_own(own, how):
     if how == "unreadable":
         for name in "012":
             (own / "train" / "a" / f"{name}.png").write_bytes(b"no image")
-        return "(3 of 17 images"  # and still one line
+        return "(3 of 11 images"  # and still one line
     if how == "cut":
         path = own / "test" / "b" / "1.png"
         path.write_bytes(path.read_bytes()[:100])
         return "1.png"
     if how == "other size":
         Image.new("RGB", (9, 16)).save(own / "train" / "a" / "z.png")
-        return "z.png has 9 x 16 pixels"
+        return "z.png: 9 x 16 pixels"
     redrawn = {"no squares": ("*/*/*.png", (24, 16)), "other size in test": ("test/*/*.png", (24, 24)),
                "tiny": ("*/*/*.png", (4, 4)), "photographs": ("*/*/*.png", (2000, 2000))}
     if how in redrawn:
@@ -337,7 +339,7 @@ def break_own(own, how):
         return "are the same picture"
     if how == "copied to another class":
         shutil.copy(own / "train" / "a" / "0.png", own / "train" / "b" / "z.png")
-        return "(train, a) are the same picture"
+        return "in train are the same picture"
     if how == "one class":
         for name in "bc":
             for part in ("train", "test"):
@@ -355,9 +357,9 @@ def test_broken_own_folders(refused, own, how):
 
 def test_photographs_are_refused_before_all_are_read(refused, own, monkeypatch):
     break_own(own, "photographs")
-    real, read = common.read_image, []
-    monkeypatch.setattr(common, "read_image", lambda path, size: read.append(path) or real(path, size))
-    refused("hinge_ce", "--dataset", own, words=["2000 x 2000", "--image-size"])
+    real, read = common.open_image, []
+    monkeypatch.setattr(common, "open_image", lambda path: read.append(path) or real(path))
+    refused("hinge_ce", "--dataset", own, words=["2000 pixels", "--image-size"])
     assert len(read) == 1
 
 
