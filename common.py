@@ -1,6 +1,6 @@
 """What the scripts in methods/ share, so that their numbers can be compared. First what decides a number: the
-data, the batches, the backbones, the scores; your own images and the large sets in a section of their own.
-Then what does not: the flags, how a run is kept, the table. No method and no training loop is in here.
+data, the batches, the networks, the scores. Then what does not: flags, steps on a GPU, how a run is kept, the
+table. Last, your own images and the large sets. No method and no training loop is in here.
 
     python common.py RUNS                      the table of the finished runs in a folder, or in a .jsonl file
     python common.py classes RUN               the accuracy of every class in a finished run
@@ -10,14 +10,13 @@ A run is a folder, OUT/METHOD-VARIANT-DATASET-ifFACTOR-seedSEED:
 
     <stage>.ckpt       while it is at work: what the same command needs to go on, bit for bit
     log.jsonl          one line per epoch
-    weights.pt         the network, its flags, and how its images were normalised
+    weights.pt         the network, see Run.save_weights(); stage1.pt, the same after LORT's first stage
     test_logits.pt     its outputs for the test set, from which any other metric can be computed
     result.json        flags and scores, one line; written last: a run is finished if it has this file
 """
 import argparse
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# ---------------------------------------------------------------------------------------------- 1 data
+# ------------------------------------------------------------ 1 data
 
 DATASETS = ("cifar10", "cifar100", "synthetic", "imagenet-lt", "inat18", "places-lt")
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10; the field uses them for CIFAR-100 too
@@ -54,11 +53,12 @@ FINGERPRINTS = {  # of the field's standard subsets: sha256 of the indices, firs
 class Split(NamedTuple):
     images: torch.Tensor  # (N, H, W, 3) uint8, or an ImageFile
     labels: torch.Tensor  # (N,) int64
-    mean: torch.Tensor    # (3,) float32, in grey levels, as std
+    mean: torch.Tensor    # (3,) float32; mean and std are of grey levels, 0..255
     std: torch.Tensor
-    sizes: torch.Tensor | None = None  # (N, 2) width and height of the photographs that are here as squares
-    crop: int = 0         # pixels a side that the network sees of these
-    jitter: float = 0.0
+    # of photographs to train on, which are here squashed to squares; else None and 0
+    sizes: torch.Tensor | None = None  # (N, 2) width and height of the originals
+    crop: int = 0         # pixels a side that the network sees
+    jitter: float = 0.0   # of brightness, contrast and saturation
 
 
 class Data(NamedTuple):
@@ -139,12 +139,10 @@ def synthetic():
 
 
 def mean_and_std(images):
-    """(3,) each, in grey levels. Image by image, since a float copy of all would be large."""
-    mean, square = np.zeros(3), np.zeros(3)
-    for image in images:
-        mean += image.mean((0, 1)) / len(images)
-        square += np.square(image, dtype=float).mean((0, 1)) / len(images)
-    return mean, np.sqrt(np.maximum(square - mean**2, 1))  # a channel may be constant
+    """(3,) each, of images (N, H, W, 3) uint8, in grey levels."""
+    mean = images.mean((0, 1, 2))
+    square = np.square(images, dtype=np.uint16).mean((0, 1, 2))  # 255^2 fits; a float copy is large
+    return mean, np.sqrt(np.maximum(square - mean**2, 1))                       # a channel may be constant
 
 
 def long_tail(parts, args):
@@ -152,9 +150,8 @@ def long_tail(parts, args):
     asks for it. subset: see Data."""
     content = hashlib.sha256()
     for images, labels in parts.values():
-        if images.dtype == object:  # paths; of your own files the lengths tell whether they have changed
-            lengths = [path.stat().st_size for path in images if args.dataset not in LISTS and path.exists()]
-            content.update(str([lengths, list(images)]).encode())
+        if images.dtype == object:  # paths
+            content.update(names_and_lengths(images, args))
         else:
             content.update(np.ascontiguousarray(images))
         content.update(labels)
@@ -177,15 +174,14 @@ def long_tail(parts, args):
     n_val = args.val_per_class
     if n_val and "val" in parts:
         fail(f"--val-per-class {n_val}: {args.dataset} has validation images of its own")
-    if n_val:
-        shuffled = shuffled_classes(labels, len(counts), args.subset_seed)
-        counts = [min(n, len(index) - n_val) for n, index in zip(counts, shuffled)]
-        held_out = [index[max(n, 0):][:n_val] for n, index in zip(counts, shuffled)]
-        held_out = np.concatenate(held_out)
-        parts = parts | {"val": (images[held_out], labels[held_out])}
+    shuffled = shuffled_classes(labels, len(counts), args.subset_seed)
+    counts = [min(n, len(index) - n_val) for n, index in zip(counts, shuffled)]
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
-    train = long_tail_indices(labels, counts, args.subset_seed)
+    if n_val:
+        held_out = np.concatenate([index[n:n + n_val] for n, index in zip(counts, shuffled)])
+        parts = parts | {"val": (images[held_out], labels[held_out])}
+    train = np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
     parts = parts | {"train": (images[train], labels[train])}
     subset = {"total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}
     return parts, counts, subset
@@ -235,11 +231,9 @@ def normalised_as(data, mean, std):
     return data
 
 
-# ---------------------------------------------------------------------------------------------- 2 batches
+# ------------------------------------------------------------ 2 batches
 
-AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats: all of CIFAR-100-LT at IF 100
-RANK = int(os.environ.get("RANK", 0))         # torchrun sets these
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats
 
 
 def crop_flip(images, generator):
@@ -284,101 +278,15 @@ def batches(split, batch_size, generator, augment=crop_flip):
 
 
 def take(split, index):
-    """(n, H, W, 3) uint8 on the device of the labels, wherever the images are. index (n,): on the host if
-    they are in a file."""
+    """(n, H, W, 3) uint8, on the device of the labels. index (n,): on the host if the images are in a
+    file."""
     if isinstance(split.images, ImageFile):
         images = split.images.read(index, pin=split.labels.is_cuda)
         return images.to(split.labels.device, non_blocking=True)
     return split.images[index]
 
 
-def average(tensors):
-    """Replace each tensor by its mean over the ranks."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
-    for tensor, mean in zip(tensors, means):
-        tensor.copy_(mean.view_as(tensor))
-
-
-def same_statistics(net):
-    """Give all ranks the running statistics of the first: BatchNorm itself is per rank."""
-    if WORLD > 1:
-        for buffer in net.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def set_lr(optimizer, lr):
-    """In place: the rate is a tensor, which a captured step reads anew."""
-    for group in optimizer.param_groups:
-        group["lr"].fill_(lr)
-
-
-def captured(step, net, optimizer, enabled=True):
-    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, or if not enabled, step itself. Of
-    several ranks, the same step with gradients averaged over them.
-
-    The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class
-    weights) must be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights,
-    buffers and momentum as they were. Where it fails, training goes on with step itself, from the same state.
-    """
-    if WORLD > 1:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in parameters]))
-    if WORLD > 1 or not enabled or not next(net.parameters()).is_cuda:
-        return step
-    graphs = {}  # batch size -> replay(x, labels), or step where capturing failed
-    stream = torch.cuda.Stream()
-
-    def snapshot():
-        weights = [value.clone() for value in net.state_dict().values()]
-        momentum = {p: state["momentum_buffer"].clone() for p, state in optimizer.state.items()}
-        return weights, momentum
-
-    def restore(weights, momentum):
-        for value, before in zip(net.state_dict().values(), weights):
-            value.copy_(before)
-        for p, state in optimizer.state.items():  # a zero buffer is as good as none
-            state["momentum_buffer"].copy_(momentum.get(p, torch.zeros_like(p)))
-
-    def capture(static_x, static_labels):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up: libraries choose their kernels, momentum buffers appear
-            for _ in range(3):
-                step(static_x, static_labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            loss = step(static_x, static_labels)
-
-        def replay(x, labels):
-            static_x.copy_(x)
-            static_labels.copy_(labels)
-            graph.replay()
-            return loss.clone()
-        return replay
-
-    def tried(x, labels):
-        """A replay that worked once, or step; the state is as it was."""
-        before = snapshot()
-        try:
-            run = capture(x.clone(), labels.clone())
-            run(x, labels)
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            print(f"batches of {len(x)} images are not captured as a CUDA graph, which is slower ({error})")
-            run = step
-        restore(*before)
-        return run
-
-    def captured_step(x, labels):
-        if len(x) not in graphs:
-            graphs[len(x)] = tried(x, labels)
-        return graphs[len(x)](x, labels)
-    return captured_step
-
-
-# ---------------------------------------------------------------------------------------------- 3 backbones
+# ------------------------------------------------------------ 3 networks
 
 
 class Block(nn.Module):
@@ -472,7 +380,7 @@ def simplex_etf(num_classes, dim, generator):
     return (math.sqrt(num_classes / (num_classes - 1)) * centred @ u.T).float()
 
 
-# ---------------------------------------------------------------------------------------------- 4 evaluation
+# ------------------------------------------------------------ 4 evaluation
 
 
 @torch.no_grad()
@@ -540,335 +448,7 @@ def report(logits, labels, counts):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------- 5 photographs
-
-# your own images, small or not, and the large sets of the field
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class Lists(NamedTuple):
-    name: str      # the lists are NAME_train.txt and so on, of lines `path label`
-    test: str      # the list that the field tests on
-    known: tuple   # the field's files: git's ids of their contents, first 8 digits
-    jitter: float  # of brightness, contrast and saturation in training
-    mean: tuple = IMAGENET_MEAN
-    std: tuple = IMAGENET_STD
-
-
-LISTS = {
-    "imagenet-lt": Lists("ImageNet_LT", "test", ("a063f095", "3ed3188b", "76a2fb97", "bdc443f8"), 0.4),
-    "places-lt": Lists("Places_LT", "test", ("6392252f", "1d608b55", "b93a2ca5", "89c29c09", "e732e58b",
-                                             "d43400ac"), 0.4),
-    "inat18": Lists("iNaturalist18", "val", ("4accdb75", "4c239008"), 0.0,  # there is no other test set
-                    (0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
-
-
-def read_list(path, root):
-    """[(path below root, label)] of a file of lines `path label`."""
-    pairs = []
-    for line in path.read_text("utf-8-sig", "replace").splitlines():
-        name, _, label = line.strip().rpartition(" ")
-        if label:
-            file = root / name.strip()
-            pairs.append((file, label))
-    return pairs
-
-
-def image_files(folder, part, root):
-    """[(path, class name)] of your own images, [] if there is no such part: of a folder `part` with a folder
-    per class, or of a list `*part.txt`, whose paths lie below root."""
-    from PIL import Image
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    folders = [path for path in entries if path.is_dir() and path.name.lower().startswith(part)]
-    lists = [path for path in entries if path.name.lower().endswith(f"{part}.txt")]
-    if part == "val" and not folders + lists:
-        return []
-    if len(folders + lists) != 1:
-        names = ", ".join(path.name for path in entries[:9])
-        fail(f"{folder} needs one folder {part}/ with a folder per class, or one list *{part}.txt of lines "
-             f"`path label`, not {len(folders)} and {len(lists)}; it has {names}")
-    if lists:
-        return read_list(lists[0], root)
-    files, others = [], []
-    for path in sorted(folders[0].rglob("*")):
-        names = path.relative_to(folders[0]).parts
-        if path.is_dir() or len(names) == 1 or any(name.startswith(".") for name in names):
-            continue
-        known = path.suffix.lower() in Image.registered_extensions()
-        (files if known else others).append((path, names[0]))
-    if others:
-        print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
-    return files
-
-
-def own_images(folder, root):
-    """Like cifar(), with paths in place of images: your own, maybe with a part "val". Classes are numbered by
-    their training images, the largest first."""
-    if not folder.is_dir():
-        fail(f"--dataset {folder}: not one of {', '.join(DATASETS)}, and no such folder")
-    files = {part: image_files(folder, part, root) for part in ("train", "test", "val")}
-    names = {part: Counter(name for _, name in listed) for part, listed in files.items()}
-    classes = sorted(names["train"], key=lambda name: (-names["train"][name], name))
-    if len(classes) < 2:
-        fail(f"{folder}: training images of two classes are needed, not of {len(classes)}")
-    for part, needed in (("train", names["test"] | names["val"]), ("test", names["train"])):
-        missing = sorted(needed.keys() - names[part].keys())
-        if missing:
-            fail(f"{folder}: class {missing[0]} has no {part} images")
-    number_of = {name: c for c, name in enumerate(classes)}
-    parts = {}
-    for part, listed in files.items():
-        if listed:
-            paths = [path for path, _ in listed]
-            labels = [number_of[name] for _, name in listed]
-            parts[part] = np.array(paths), np.array(labels)
-    return parts, classes
-
-
-def listed_images(args):
-    """Like own_images(): a data set of the field's lists, which lie in --data-root as the images do. Classes
-    are numbered as in the lists and named by the folders. Says where a list is not the field's."""
-    lists, root = LISTS[args.dataset], Path(args.data_root or "data")
-    parts, names = {}, {}
-    for part, name in (("train", "train"), ("test", lists.test), ("val", "val")):
-        path = root / f"{lists.name}_{name}.txt"
-        if part == "val" and (name == lists.test or not path.exists()):
-            continue
-        try:
-            content = path.read_bytes()
-            listed = read_list(path, root)
-            labels = np.array([int(label) for _, label in listed])
-        except (OSError, ValueError) as error:
-            fail(f"{args.dataset} needs {path} with lines `path label`: {error}")
-        parts[part] = np.array([file for file, _ in listed]), labels
-        names |= {int(label): file.parent.name for file, label in listed}
-        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        if blob[:8] not in lists.known:
-            print(f"{path} is not the field's list: no paper's number stands beside the result")
-            args.published = False
-    trained = np.unique(parts["train"][1])
-    if sorted(names) != list(range(len(trained))):
-        fail(f"{root}: the labels of the lists are not 0 to {len(names) - 1}, each with training images")
-    return parts, [names[c] for c in range(len(names))]
-
-
-class ImageFile:
-    """(N, S, S, 3) uint8 in a file. What is read of it does not stay in this process's memory."""
-
-    def __init__(self, path, n, side):
-        self.file = open(path, "rb")
-        self.shape = n, side, side, 3
-
-    def read(self, index, pin=False):
-        """The images of index (n,) as a tensor on the host."""
-        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8, pin_memory=pin)
-        for image, k in zip(images.numpy(), index.tolist()):
-            os.preadv(self.file.fileno(), [image], k * image.nbytes)
-        return images
-
-
-def open_image(path, turn=True):
-    """An image file as a Pillow image in RGB, turned as its camera says. Raises ValueError."""
-    from PIL import Image, ImageOps
-    try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":
-            raise ValueError("16-bit and float pixels: convert them to 8 bits")
-        return (ImageOps.exif_transpose(image) if turn else image).convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises many kinds
-        raise ValueError(f"cannot be read as an image ({error})") from None
-
-
-def square(image, kind, side):
-    """(side, side, 3) uint8 of a Pillow image. kind: "as it is"; "whole", squashed; "test", torchvision's
-    Resize(8/7 side) and CenterCrop(side), 256 and 224. Raises ValueError."""
-    from torchvision.transforms import functional
-    if kind == "test":
-        image = functional.center_crop(functional.resize(image, side * 8 // 7), side)
-    elif kind == "whole":
-        image = functional.resize(image, (side, side), functional.InterpolationMode.BICUBIC)
-    elif image.size != (side, side) or not 16 <= side <= 256:
-        raise ValueError(f"{image.width} x {image.height} pixels: images must be squares of one size, from "
-                         "16 to 256 pixels, or give --image-size")
-    return np.asarray(image)
-
-
-def decode(file, paths, kind, side, turn):
-    """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
-    original and a digest of each square. What cannot be read is named together."""
-    os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
-
-    def read(k):
-        try:
-            image = open_image(paths[k], turn)
-            pixels = square(image, kind, side)
-        except ValueError as error:
-            return None, f"{paths[k]}: {error}"
-        os.pwrite(file.fileno(), pixels.tobytes(), k * pixels.nbytes)
-        return image.size, hashlib.sha256(pixels).hexdigest()[:16]
-
-    done = thread_map(read, range(len(paths)), desc="reading", disable=None)
-    errors = [text for size, text in done if size is None]
-    if errors:
-        fail(f"{'; '.join(errors[:3])} ({len(errors)} of {len(done)} images; those of lists lie below "
-             "--data-root)")
-    return [size for size, _ in done], [digest for _, digest in done]
-
-
-def decoded(folder, paths, kind, side, turn):
-    """(ImageFile, sizes, digests): decode() into a file in `folder`, unless that was done before."""
-    lengths = [path.stat().st_size for path in paths if turn and path.exists()]  # a changed file is read anew
-    wanted = str([kind, side, lengths, list(paths)])
-    name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
-    pixels, index = folder / f"{name}.pixels", folder / f"{name}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{folder}, where decoded images are kept, cannot be made ({error.strerror})")
-    handle = lock(folder)  # one process decodes, the others wait
-    try:
-        if not index.exists():
-            with open(pixels, "wb") as file:
-                found = decode(file, paths, kind, side, turn)
-            save(index, json.dumps(found), every_rank=True)
-    finally:
-        os.close(handle)
-    sizes, digests = json.loads(index.read_text())
-    return ImageFile(pixels, len(paths), side), sizes, digests
-
-
-def small_squares(folder, parts, device):
-    """({part: Split}, digests) of {part: (paths, labels)}: images of one small size, read into memory."""
-    first = parts["train"][0][0]
-    try:
-        side = open_image(first).width
-    except ValueError:
-        side = 32  # decoded() names it, with the others that cannot be read
-    if not 16 <= side <= 256:
-        fail(f"{first} has {side} pixels a side: small images have 16 to 256, for others give --image-size")
-    images, digests = {}, {}
-    for part, (paths, labels) in parts.items():
-        file, _, digests[part] = decoded(folder, paths, "as it is", side, True)
-        images[part] = file.read(np.arange(len(paths))).numpy(), labels
-    return on_device(images, *mean_and_std(images["train"][0]), device), digests
-
-
-def photographs(folder, parts, args, device):
-    """({part: Split}, digests) of {part: (paths, labels)}: those for training whole, with the sizes of the
-    originals, to be cropped on the device; the others in the test's view."""
-    lists = LISTS.get(args.dataset, Lists("", "", (), 0.0))  # your own have ImageNet's mean and deviation
-    own = args.dataset not in LISTS
-    mean = 255 * torch.tensor(lists.mean, device=device)
-    std = 255 * torch.tensor(lists.std, device=device)
-    crop = args.image_size or 224
-    splits, digests = {}, {}
-    for part, (paths, labels) in parts.items():
-        labels = torch.as_tensor(labels, device=device)
-        if part == "train":
-            images, sizes, digests[part] = decoded(folder, paths, "whole", args.cache_size, own)
-            sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
-            splits[part] = Split(images, labels, mean, std, sizes, crop, lists.jitter)
-        else:
-            images, _, digests[part] = decoded(folder, paths, "test", crop, own)
-            splits[part] = Split(images, labels, mean, std)
-    return splits, digests
-
-
-def read_files(parts, args, device):
-    """{part: Split} of {part: (paths, labels)}. Your own images are small squares, or photographs if
-    --image-size is given; the same picture in two parts or two classes would make the scores wrong, and is
-    refused."""
-    if args.dataset in LISTS:
-        return photographs(Path(args.data_root or "data", ".cache"), parts, args, device)[0]
-    folder = Path(args.data_root or args.dataset, ".cache")
-    if args.image_size:
-        splits, digests = photographs(folder, parts, args, device)
-    else:
-        splits, digests = small_squares(folder, parts, device)
-    seen = {}
-    for part, (paths, labels) in parts.items():
-        for path, label, digest in zip(paths, labels, digests[part]):
-            other, *place = seen.setdefault(digest, (path, part, label))
-            if place != [part, label]:
-                fail(f"{path} in {part} and {other} in {place[0]} are the same picture, maybe in two classes")
-    return splits
-
-
-def photograph_batches(split, order, batch_size, generator):
-    """batches() of photographs: RandomResizedCrop, mirror image and ColorJitter."""
-    on_host = order.cpu()  # once per epoch: reading a batch then waits for nothing
-    for index, files in zip(order.split(batch_size), on_host.split(batch_size)):
-        u = torch.rand(len(index), 29, generator=generator, device=order.device)[RANK::WORLD]
-        index = index[RANK::WORLD]
-        start, extent = crop_boxes(u[:, :22], split.sizes[index])
-        images = take(split, files[RANK::WORLD])
-        x = resample(images, start, extent, split.crop, mirrored=u[:, 22] < 0.5)
-        if split.jitter:
-            x = colour_jitter(x, u[:, 23:], split.jitter)
-        yield normalise(x, split), split.labels[index]
-
-
-def crop_boxes(u, sizes):
-    """RandomResizedCrop's boxes as torchvision draws them: 8 to 100 % of the area, aspect ratio 3/4 to 4/3,
-    of ten draws the first that fits, else the largest central one. u (n, 22): random numbers; sizes (n, 2).
-    Returns where the boxes start and what they extend over, (n, 2) each, as parts of the width and height."""
-    area = sizes.prod(1, keepdim=True) * (0.08 + 0.92 * u[:, :10])              # (n, 10)
-    ratio = (4 / 3) ** (2 * u[:, 10:20] - 1)                                    # (n, 10)
-    widths = (area * ratio).sqrt().round()
-    heights = (area / ratio).sqrt().round()
-    extents = torch.stack([widths, heights], 2)                                 # (n, 10, 2)
-    fits = ((extents > 0) & (extents <= sizes[:, None])).all(2)                 # (n, 10)
-    first = fits.byte().argmax(1)
-    drawn = extents[torch.arange(len(sizes), device=u.device), first]           # (n, 2)
-    central = torch.minimum(sizes, sizes.flip(1) * 4 / 3).round()
-    any_fits = fits.any(1, keepdim=True)
-    extent = torch.where(any_fits, drawn, central)
-    room = sizes - extent
-    start = torch.where(any_fits, u[:, 20:22] * (room + 1), room / 2).floor()
-    return start / sizes, extent / sizes
-
-
-def resample(images, start, extent, size, mirrored=None):
-    """Pillow's bilinear resize, with antialiasing, of a box of each image: (n, S, S, 3) uint8 -> (n, size,
-    size, 3) float in 0..255, as two matrix products. start, extent (n, 2): x and y of the box, as parts of
-    the side; mirrored (n,)."""
-    side = images.shape[1]
-    pixel = torch.arange(side, device=images.device) + 0.5                      # (S,)
-    grid = (torch.arange(size, device=images.device) + 0.5) / size              # (size,)
-    weights = []
-    for k in (0, 1):  # x, y
-        at = grid.expand(len(images), size)
-        if k == 0 and mirrored is not None:
-            at = torch.where(mirrored[:, None], 1 - grid, grid)
-        centre = side * (start[:, k, None] + extent[:, k, None] * at)           # (n, size)
-        width = (side / size * extent[:, k]).clamp(min=1)  # (n,) of the triangular filter
-        w = (1 - (pixel - centre[..., None]).abs() / width[:, None, None]).clamp(min=0)
-        weights.append(w / w.sum(2, keepdim=True))                              # (n, size, S)
-    return torch.einsum("nyxc,niy,njx->nijc", images.float(), weights[1], weights[0])
-
-
-def colour_jitter(x, u, strength):
-    """torchvision's ColorJitter(s, s, s): brightness, contrast and saturation in an order drawn for each
-    image, rounded as Pillow does. x (n, H, W, 3) in 0..255, u (n, 6) random numbers."""
-    order = u[:, :3].argsort(1)                                                 # (n, 3)
-    factors = 1 + strength * (2 * u[:, 3:] - 1)                                 # (n, 3)
-    for step in (0, 1, 2):
-        kind = order[:, step].view(-1, 1, 1, 1)
-        factor = factors.gather(1, kind.view(-1, 1)).view(-1, 1, 1, 1)
-        red, green, blue = x.split(1, dim=3)                                    # (n, H, W, 1) each
-        grey = (0.299 * red + 0.587 * green + 0.114 * blue).round()
-        mean = grey.mean((1, 2), keepdim=True).round()
-        base = torch.where(kind == 1, mean, grey)
-        base = torch.where(kind == 0, 0.0, base)
-        x = (base + factor * (x - base)).clamp(0, 255).floor()
-    return x
-
-
-# ---------------------------------------------------------------------------------------------- 6 flags
+# ------------------------------------------------------------ 5 flags, errors
 
 
 def fail(message, code=2):
@@ -884,7 +464,7 @@ def guard(main):
     except KeyboardInterrupt:
         fail("stopped: the same command goes on from the last saved epoch", code=130)
     except OSError as error:
-        fail(f"{error}; what was saved is intact, and the same command goes on from there")
+        fail(f"{error}; what was saved is intact")
     except (RuntimeError, MemoryError) as error:  # torch has several kinds
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
@@ -893,7 +473,7 @@ def guard(main):
 
 def number(kind, low, high):
     """An argparse type: a number with low <= number < high. NaN is in no interval."""
-    def number(text):
+    def number(text):  # argparse shows this name
         value = kind(text)
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"must be in [{low}, {high}), not {text}")
@@ -901,8 +481,10 @@ def number(kind, low, high):
     return number
 
 
-ONE_OR_MORE, ZERO_OR_MORE = number(int, 1, 10**6), number(int, 0, 2**32)
-POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
+ONE_OR_MORE = number(int, 1, 10**6)
+ZERO_OR_MORE = number(int, 0, 2**32)
+POSITIVE = number(float, 1e-12, 1e12)
+NOT_NEGATIVE = number(float, 0, 1e12)
 
 
 def imbalance(text):
@@ -911,13 +493,15 @@ def imbalance(text):
 
 
 def dataset(text):
-    """An argparse type: the name of a set as it is; anything else is a path, even ./cifar10."""
+    """An argparse type: the name of a set, or the path of a folder; ./cifar10 is a folder."""
+    if text in DATASETS:
+        return text
     path = os.path.normpath(text)
-    return os.path.join(".", path) if path in DATASETS and path != text else path
+    return f"./{path}" if path in DATASETS else path
 
 
 def base_parser(doc):
-    """The flags of every script. Their defaults, the paper's values, come with parse()."""
+    """The flags of every script. parse() sets their defaults to the paper's values."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
@@ -925,14 +509,14 @@ def base_parser(doc):
     add = parser.add_argument_group("common flags").add_argument
     add("--dataset", type=dataset, default="cifar100",
         help=f"{', '.join(DATASETS)}, or a folder of your own images")
-    add("--data-root", help="folder of the data (data), or of the images in your own lists (the lists')")
+    add("--data-root", help="where the data are (./data), or where the paths in your lists begin (the lists)")
     add("--imb-factor", type=imbalance, default=100.0,
         help="images of the largest class over those of the smallest; natural: all images")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the field's subset")
     add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
-    add("--image-size", type=number(int, 16, 4096), help="pixels a side: crops photographs, your own too")
+    add("--image-size", type=number(int, 16, 4096), help="photographs: pixels a side of the network's input")
     add("--cache-size", type=number(int, 16, 4096), default=256,
-        help="pixels a side of the copies of photographs from which the training crops are taken")
+        help="photographs: pixels a side of the copies from which the training crops are taken")
     add("--seed", type=ZERO_OR_MORE, default=0, help="of the initial weights, the order and the augmentation")
     add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
     add("--batch-size", type=ONE_OR_MORE, help="images per step, of all ranks together")
@@ -950,27 +534,124 @@ def base_parser(doc):
 
 
 def parse(parser, argv, recipe, changes):
-    """Parse argv, twice, since the defaults depend on it: they are the paper's recipe with its changes for
-    --variant and for --dataset (changes["own"] for your own images).
+    """Parse argv, twice, since the defaults depend on it: they are the recipe, the paper's for CIFAR-100-LT,
+    then changes[variant], then changes[dataset] (or changes["own"] for your own images); the later ones win.
 
     args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
-    ours.
+    ours. listed_images(), lwr and lort may lower it.
     """
-    recipe = {"subset_seed": 0, "val_per_class": 0} | recipe
-    parser.set_defaults(**recipe)
+    recipe = {"subset_seed": 0, "val_per_class": 0, "image_size": None} | recipe
+    parser.set_defaults(**recipe)  # for --help
     first = parser.parse_args(argv)
+    small = first.dataset in ("synthetic", *FINGERPRINTS)
+    if first.dataset in LISTS and first.dataset not in changes and first.backbone == recipe["backbone"]:
+        fail(f"there is no recipe for {first.dataset} here: give --backbone, and look at the other flags")
     recipe |= changes.get(getattr(first, "variant", None), {})
     recipe |= changes.get(first.dataset if first.dataset in DATASETS else "own", {})
-    if first.dataset not in (*FINGERPRINTS, "synthetic"):
-        parser.set_defaults(imb_factor="natural")
     parser.set_defaults(**recipe)
+    if not small:
+        parser.set_defaults(imb_factor="natural")
     args = parser.parse_args(argv)
+    if small and args.image_size:
+        fail(f"--image-size is for photographs, not for {args.dataset}")
     args.published = all(getattr(args, flag) == value for flag, value in recipe.items())
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     return args
 
 
-# ---------------------------------------------------------------------------------------------- 7 the run
+# ------------------------------------------------------------ 6 steps, on a GPU and on several
+
+RANK = int(os.environ.get("RANK", 0))         # torchrun sets these
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average(tensors):
+    """Replace each tensor by its mean over the ranks."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    means = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def same_statistics(net):
+    """Give all ranks the running statistics of the first: BatchNorm itself is per rank."""
+    if WORLD > 1:
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def set_lr(optimizer, lr):
+    """In place: the rate is a tensor, which a captured step reads anew."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
+
+
+def captured(step, net, optimizer, enabled=True):
+    """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, or if not enabled, step itself. Of
+    several ranks, the same step with gradients averaged over them.
+
+    The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class
+    weights) must be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights,
+    buffers and momentum as they were. Where it fails, training goes on with step itself, from the same state.
+    """
+    if WORLD > 1:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in parameters]))
+    if WORLD > 1 or not enabled or not next(net.parameters()).is_cuda:
+        return step
+    graphs = {}  # batch size -> replay(x, labels), or step where capturing failed
+    stream = torch.cuda.Stream()
+
+    def snapshot():
+        weights = [value.clone() for value in net.state_dict().values()]
+        momentum = {p: state["momentum_buffer"].clone() for p, state in optimizer.state.items()}
+        return weights, momentum
+
+    def restore(weights, momentum):
+        for value, before in zip(net.state_dict().values(), weights):
+            value.copy_(before)
+        for p, state in optimizer.state.items():  # a zero buffer is as good as none
+            state["momentum_buffer"].copy_(momentum.get(p, torch.zeros_like(p)))
+
+    def capture(static_x, static_labels):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up: libraries choose their kernels, momentum buffers appear
+            for _ in range(3):
+                step(static_x, static_labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            loss = step(static_x, static_labels)
+
+        def replay(x, labels):
+            static_x.copy_(x)
+            static_labels.copy_(labels)
+            graph.replay()
+            return loss.clone()
+        return replay
+
+    def tried(x, labels):
+        """A replay that worked once, or step; the state is as it was."""
+        before = snapshot()
+        try:
+            run = capture(x.clone(), labels.clone())
+            run(x, labels)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"batches of {len(x)} images are not captured as a CUDA graph, which is slower ({error})")
+            run = step
+        restore(*before)
+        return run
+
+    def captured_step(x, labels):
+        if len(x) not in graphs:
+            graphs[len(x)] = tried(x, labels)
+        return graphs[len(x)](x, labels)
+    return captured_step
+
+
+# ------------------------------------------------------------ 7 the run
 
 SAVE_EVERY = 30.0  # seconds
 NO_INFLUENCE = ("out", "data_root", "no_graph", "published", "command")  # args that change no result
@@ -981,14 +662,13 @@ def save(path, content, every_rank=False):
     before. Of several ranks the first writes."""
     if RANK and not every_rank:
         return
-    buffer = io.BytesIO()
-    if isinstance(content, str):
-        buffer.write(content.encode())
-    else:
-        torch.save(content, buffer)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(buffer.getbuffer())
+        with open(temporary, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # if it did not get that far
@@ -1006,10 +686,10 @@ def load(path):
 
 def same_flags(path, flags, wanted, remedy=""):
     """Refuse a file that was made with other flags than the wanted ones."""
-    for name in sorted(wanted):
-        if flags.get(name) != wanted[name]:
+    for name, value in sorted(wanted.items()):
+        if flags.get(name) != value:
             flag = name.replace("_", "-")
-            fail(f"{path} was made with --{flag} {flags.get(name)}, not {wanted[name]}{remedy}")
+            fail(f"{path} was made with --{flag} {flags.get(name)}, not {value}{remedy}")
 
 
 @torch.no_grad()
@@ -1071,17 +751,20 @@ def choose_device(name):
 
 
 def paper_number(paper, row, args):
-    """What the paper has for a row, or None; only for the paper's own recipe. paper: see Run."""
+    """What the paper has for a row, or None; only for the paper's own recipe.
+    paper: {row: (how it was read, source, {dataset: {imbalance factor: percent}})}."""
     if row not in paper or not args.published:
         return None
-    habit, source, numbers = paper[row]
+    reading, source, numbers = paper[row]
     percent = numbers.get(args.dataset, {}).get(args.imb_factor)
-    return percent and {"all": percent, "habit": habit, "source": source}
+    if percent is None:
+        return None
+    return {"all": percent, "reading": reading, "source": source}
 
 
 class Run:
     """A run: its folder (see the top of this file), its device, its random numbers, its progress, its rows of
-    the table. paper: {row: (habit, source, {dataset: {imbalance factor: percent}})}, the paper's numbers."""
+    the table. paper: see paper_number()."""
 
     def __init__(self, args, method, variant, paper):
         self.args, self.method, self.variant, self.paper = args, method, variant, paper
@@ -1090,10 +773,7 @@ class Run:
         self.flags = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE}
         self.flags |= {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
         if getattr(args, "stage1", None):  # the same name may hold another network when the run goes on
-            try:
-                stage1 = Path(args.stage1).read_bytes()
-            except OSError as error:
-                fail(f"--stage1 {args.stage1}: {error.strerror}")
+            stage1 = Path(args.stage1).read_bytes()
             self.flags["stage1_sha256"] = hashlib.sha256(stage1).hexdigest()[:16]
         factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         dataset = Path(args.dataset).resolve().name
@@ -1243,7 +923,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError):
             fail(f"{path} does not fit this version of the script: delete the folder to start again")
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:  # load_state_dict() leaves the rate on the CPU
             group["lr"] = group["lr"].to(self.device)
         self.generator.set_state(state["generator"])
         self.history, self.best_test = state["history"], state["best_test"]
@@ -1272,27 +952,29 @@ class Run:
         if self.bar.disable and done % max(1, self.total // 10) == 0:  # no terminal: lines instead of a bar
             print(f"  {self.stage}, epoch {done} of {self.total}: {text}, {left:.0f} s left", flush=True)
         if done == 1 and left > 1200 and self.device.type == "cpu":
-            print(f"  without a GPU {self.stage} takes about {left / 3600:.1f} hours; --precision bf16 halves"
-                  " that on a processor with bf16 instructions", flush=True)
+            print(f"  without a GPU {self.stage} takes about {left / 3600:.1f} hours", flush=True)
+            if self.precision == "fp32":
+                print("  --precision bf16 halves that on a processor with bf16 instructions", flush=True)
 
-    def test_now(self):
-        """Whether --eval-every asks for the test set after this epoch; if at all, then after the last one
-        too."""
+    def eval_due(self):
+        """Does --eval-every N ask for the test set now? After every N epochs and the last one; never if N is
+        0."""
         every, done = self.args.eval_every, self.epoch + 1
         return every > 0 and (done % every == 0 or done == self.total)
 
-    def tested(self, logits, **extra):
-        """Keep the best accuracy of this stage, which is nothing but the papers' habit. logits (N, C) of the
-        test set; extra: for log.jsonl."""
+    def keep_best(self, logits, **extra):
+        """Keep the best test accuracy of this stage, which many papers report. logits (N, C); extra: for
+        log.jsonl."""
         accuracy = report(logits, self.data.test.labels, self.data.counts)["all"]
         self.best_test = max(self.best_test or 0.0, accuracy)
         self.history[-1] |= extra
 
-    def test(self, net):
+    def see_test_set(self, net):
         """Pass the test images and their mirror images through the network, for score() and finish()."""
-        self.classifiers = {}  # of rows that were scored before: they belong to another network
         self.feat = features(net, self.data.test)                               # (N, D)
-        self.feat_flip = (self.feat + features(net, self.data.test, mirrored=True)) / 2
+        mirrored = features(net, self.data.test, mirrored=True)
+        self.feat_flip = (self.feat + mirrored) / 2
+        self.classifiers = {}  # of rows scored before, as lort's stage 1: they belong to another network
 
     @torch.no_grad()
     def score(self, row, classifier, best_test=None, strength=None):
@@ -1315,8 +997,8 @@ class Run:
         self.classifiers[row] = as_linear(classifier, self.feat.shape[1], self.device)
 
     def save_weights(self, path, net, flags):
-        """What a network needs to be used. linear: the backbone with an nn.Linear as fc, for load_weights()
-        and load_network(); rows: the nn.Linear of each row of the table."""
+        """What a network needs to be used. linear: the backbone with an nn.Linear as fc, for load_network();
+        rows: the nn.Linear of each row of the table; view, size, mean, std: how images are shown to it."""
         data, test = self.data, self.data.test
         fc = as_linear(net.fc, self.feat.shape[1], self.device)
         linear = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
@@ -1329,7 +1011,7 @@ class Run:
             "classes": data.classes,
             "counts": data.counts,
             "content": data.subset["content"],
-            "view": "test" if isinstance(test.images, ImageFile) else "whole",
+            "view": "central" if isinstance(test.images, ImageFile) else "squashed",
             "size": test.images.shape[1],
             "mean": test.mean,
             "std": test.std})
@@ -1386,7 +1068,7 @@ class Run:
         print(table([result]))
 
 
-# ---------------------------------------------------------------------------------------------- 8 results
+# ------------------------------------------------------------ 8 results
 
 NOT_IN_TABLE = r" --(seed|out|device|data-root|eval-every)[ =]('[^']*'|\S+)"  # flags of a command
 
@@ -1405,71 +1087,66 @@ def load_results(path):
     return results
 
 
-def mean_std(values, digits=1):
-    """Mean ± standard deviation (n - 1) in words; None is left out."""
+def mean_std(values):
+    """Mean ± standard deviation (n - 1) as text; None is left out."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    text = f"{np.mean(values):.{digits}f}"
+    text = f"{np.mean(values):.1f}"
     if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+        text += f" ± {np.std(values, ddof=1):.1f}"
     return text
 
 
 def all_but_seed(result):
     """Text that is equal for runs that differ in nothing but the seed."""
-    flags = result["flags"] | dict.fromkeys(("seed", "device", "eval_every", "stage1_sha256"))
+    flags = result["flags"] | dict.fromkeys(("seed", "eval_every", "stage1_sha256"))
     flags["stage1"] = re.sub(r"seed\d+", "seed", flags.get("stage1") or "")
-    return json.dumps([flags, result["subset"]], sort_keys=True)
+    return json.dumps([flags, result["subset"], result["device"]], sort_keys=True)
 
 
 def table(results):
     """Markdown, a table for each data set. A line is the mean ± standard deviation of runs that differ in
     nothing but the seed."""
     columns = ["method", "row", "paper", "ours", "many / medium / few", "flip", "seeds", "time", "command"]
-    groups = {}  # what the runs of a line have in common -> seed -> (result, row)
+    sets = {}  # data set -> what the runs of a line have in common -> seed -> (result, row)
     for result in results:
-        data = result["dataset"], result["imb_factor"]
+        factor = result["imb_factor"]
+        imbalance = factor if factor == "natural" else f"factor {factor:g}"
+        lines = sets.setdefault(f"{result['dataset']}, imbalance: {imbalance}", {})
         for row in result["rows"]:
-            line = *data, result["method"], row["row"], all_but_seed(result)
-            groups.setdefault(line, {})[result["seed"]] = result, row
+            line = result["method"], row["row"], all_but_seed(result)
+            lines.setdefault(line, {})[result["seed"]] = result, row
 
-    lines, sources, title = [], [], None
-    for (dataset, factor, method, name, _), seeds in groups.items():
-        if title != (dataset, factor):
-            title = dataset, factor
-            imbalance = factor if factor == "natural" else f"factor {factor:g}"
-            lines += ["", f"{dataset}, imbalance: {imbalance}", ""]
-            lines.append("| " + " | ".join(columns) + " |")
-            lines.append("| --- " * len(columns) + "|")
-        runs = [result for result, _ in seeds.values()]
-        rows = [row for _, row in seeds.values()]
-        paper = rows[0]["paper"]
-        if paper and paper["source"] not in sources:
-            sources.append(paper["source"])
-        reference = "-"
-        if paper:
-            footnote = sources.index(paper["source"]) + 1
-            habit = paper["habit"] and f" {paper['habit']}"
-            reference = f"{paper['all']}{habit} [{footnote}]"
-        scores = {group: mean_std([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
-        time_taken = np.mean([run["seconds"] for run in runs]) / 3600
-        command = re.sub(NOT_IN_TABLE, "", runs[0]["command"])
-        devices = sorted({run["device"] for run in runs})
-        cells = [
-            method,
-            name,
-            reference,
-            scores["all"],
-            "{many} / {medium} / {few}".format(**scores),
-            mean_std([row["acc_flip"]["all"] for row in rows]),
-            " ".join(map(str, seeds)),
-            f"{time_taken:.2g} h, {' / '.join(devices)}",
-            f"`{command}`"]
-        lines.append("| " + " | ".join(cells) + " |")
+    text, sources = [], []
+    for title, lines in sets.items():
+        text += ["", title, "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+        for (method, name, _), seeds in lines.items():
+            runs = [result for result, _ in seeds.values()]
+            rows = [row for _, row in seeds.values()]
+            paper = rows[0]["paper"]
+            reference = "-"
+            if paper:
+                if paper["source"] not in sources:
+                    sources.append(paper["source"])
+                footnote = sources.index(paper["source"]) + 1
+                reference = f"{paper['all']} {paper['reading']}".strip() + f" [{footnote}]"
+            scores = {group: mean_std([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
+            hours = np.mean([run["seconds"] for run in runs]) / 3600
+            cells = [
+                method,
+                name,
+                reference,
+                scores["all"],
+                "{many} / {medium} / {few}".format(**scores),
+                mean_std([row["acc_flip"]["all"] for row in rows]),
+                " ".join(map(str, seeds)),
+                f"{hours:.2g} h, {runs[0]['device']}",
+                f"`{re.sub(NOT_IN_TABLE, '', runs[0]['command'])}`"]
+            text.append("| " + " | ".join(cells) + " |")
     for k, source in enumerate(sources):
-        lines += ["", f"[{k + 1}] {source}"]
-    return "\n".join(lines[1:])
+        text += ["", f"[{k + 1}] {source}"]
+    return "\n".join(text[1:])
 
 
 @torch.no_grad()
@@ -1508,13 +1185,350 @@ def print_classes(run):
         print(f"| {name} | {saved['counts'][c]} | {' | '.join(cells)} |")
 
 
+# ------------------------------------------------------------ 9 your own images and the large sets
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Lists(NamedTuple):
+    name: str      # the lists are NAME_train.txt and so on, of lines `path label`
+    test: str      # the list that the field tests on
+    known: tuple   # the field's files: git's ids of their contents, first 8 digits
+    jitter: float  # of brightness, contrast and saturation in training
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+
+
+LISTS = {
+    "imagenet-lt": Lists("ImageNet_LT", "test", ("a063f095", "3ed3188b", "76a2fb97", "bdc443f8"), 0.4),
+    "places-lt": Lists("Places_LT", "test", ("6392252f", "1d608b55", "b93a2ca5", "89c29c09", "e732e58b",
+                                             "d43400ac"), 0.4),
+    "inat18": Lists("iNaturalist18", "val", ("4accdb75", "4c239008"), 0.0,  # there is no other test set
+                    (0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
+
+
+PARTS = {"train": ("train",), "test": ("test",), "val": ("val", "validation")}
+
+
+def read_list(path, root):
+    """[(path below root, label)] of a file of lines `path label`."""
+    pairs = []
+    for line in path.read_text("utf-8-sig", "replace").splitlines():
+        words = line.rsplit(maxsplit=1)
+        if len(words) == 2:
+            pairs.append((root / words[0].strip(), words[1]))
+        elif words:
+            fail(f"{path} needs lines `path label`, not '{line}'")
+    return pairs
+
+
+def image_files(folder, part, root):
+    """[(path, class name)] of your own images, [] if there is no such part: of a folder `part` with a folder
+    per class, or of a list `*part.txt`, whose paths lie below root."""
+    from PIL import Image
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in entries if path.is_dir() and path.name.lower() in PARTS[part]]
+    lists = [path for path in entries if path.name.lower().endswith(f"{part}.txt")]
+    if part == "val" and not folders + lists:
+        return []
+    if len(folders + lists) != 1:
+        names = ", ".join(path.name for path in entries[:9])
+        fail(f"{folder} needs one folder {part}/ with a folder per class, or one list *{part}.txt of lines "
+             f"`path label`, not {len(folders)} and {len(lists)}; it has {names}")
+    if lists:
+        return read_list(lists[0], root)
+    files, others = [], []
+    for path in sorted(folders[0].rglob("*")):
+        names = path.relative_to(folders[0]).parts
+        if path.is_dir() or len(names) == 1 or any(name.startswith(".") for name in names):
+            continue
+        known = path.suffix.lower() in Image.registered_extensions()
+        (files if known else others).append((path, names[0]))
+    if others:
+        print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
+    return files
+
+
+def own_images(folder, root):
+    """Like cifar(), with paths in place of images: your own, maybe with a part "val". Classes are numbered by
+    their training images, the largest first."""
+    if not folder.is_dir():
+        fail(f"--dataset {folder}: not one of {', '.join(DATASETS)}, and no such folder")
+    files = {part: image_files(folder, part, root) for part in ("train", "test", "val")}
+    names = {part: Counter(name for _, name in listed) for part, listed in files.items()}
+    classes = sorted(names["train"], key=lambda name: (-names["train"][name], name))
+    if len(classes) < 2:
+        fail(f"{folder}: training images of two classes are needed, not of {len(classes)}")
+    for part, needed in (("train", names["test"] | names["val"]), ("test", names["train"])):
+        missing = sorted(needed.keys() - names[part].keys())
+        if missing:
+            fail(f"{folder}: class {missing[0]} has no {part} images")
+    number_of = {name: c for c, name in enumerate(classes)}
+    parts = {}
+    for part, listed in files.items():
+        if listed:
+            paths = [path for path, _ in listed]
+            labels = [number_of[name] for _, name in listed]
+            parts[part] = np.array(paths), np.array(labels)
+    return parts, classes
+
+
+def listed_images(args):
+    """Like own_images(): a data set of the field's lists, which lie in --data-root as the images do. Classes
+    are numbered as in the lists and named by the folders. Lowers args.published if a list is not the
+    field's."""
+    lists, root = LISTS[args.dataset], Path(args.data_root or "data")
+    parts, names = {}, {}
+    for part, name in (("train", "train"), ("test", lists.test), ("val", "val")):
+        path = root / f"{lists.name}_{name}.txt"
+        if part == "val" and (name == lists.test or not path.exists()):
+            continue
+        try:
+            content = path.read_bytes()
+            listed = read_list(path, root)
+            labels = np.array([int(label) for _, label in listed])
+        except (OSError, ValueError) as error:
+            fail(f"{args.dataset} needs {path} with lines `path label`: {error}")
+        parts[part] = np.array([file for file, _ in listed]), labels
+        names |= {int(label): file.parent.name for file, label in listed}
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if blob[:8] not in lists.known:
+            print(f"{path} is not the field's list: no paper's number stands beside the result")
+            args.published = False
+    trained = np.unique(parts["train"][1])
+    if sorted(names) != list(range(len(trained))):
+        fail(f"{root}: the labels of the lists are not 0 to {len(names) - 1}, each with training images")
+    return parts, [names[c] for c in range(len(names))]
+
+
+class ImageFile:
+    """(N, S, S, 3) uint8 in a file. What is read of it does not stay in this process's memory."""
+
+    def __init__(self, path, n, side):
+        self.file = open(path, "rb")
+        self.shape = n, side, side, 3
+
+    def read(self, index, pin=False):
+        """The images of index (n,) as a tensor on the host."""
+        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8, pin_memory=pin)
+        for image, k in zip(images.numpy(), index.tolist()):
+            os.preadv(self.file.fileno(), [image], k * image.nbytes)
+        return images
+
+
+def open_image(path, own=True):
+    """An image file as a Pillow image in RGB; your own are turned as their EXIF says, which no loader of the
+    large sets does. Raises ValueError."""
+    from PIL import Image, ImageOps
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError("16-bit and float pixels: convert them to 8 bits")
+        if own:
+            image = ImageOps.exif_transpose(image)
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"cannot be read as an image ({error})") from None
+
+
+def square(image, kind, side):
+    """(side, side, 3) uint8 of a Pillow image. kind: "exact", it is such a square; "squashed"; "central",
+    torchvision's Resize(8/7 side) and CenterCrop(side), 256 and 224. Raises ValueError."""
+    from torchvision.transforms import functional
+    if kind == "central":
+        image = functional.center_crop(functional.resize(image, side * 8 // 7), side)
+    elif kind == "squashed":
+        image = functional.resize(image, (side, side), functional.InterpolationMode.BICUBIC)
+    elif image.size != (side, side):
+        raise ValueError(f"{image.width} x {image.height} pixels, not {side} x {side}: give --image-size")
+    return np.asarray(image)
+
+
+def names_and_lengths(paths, args):
+    """Bytes that change if the files do: their names and, of your own, their lengths."""
+    root = Path(args.data_root or args.dataset)
+    lengths = []
+    if args.dataset not in LISTS:
+        lengths = [path.stat().st_size for path in paths if path.exists()]
+    names = [os.path.relpath(path, root) for path in paths]
+    return str([names, lengths]).encode()
+
+
+def decode(file, paths, kind, side, own):
+    """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
+    original and a digest of each square. What cannot be read is named together."""
+    os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
+
+    def read(k):
+        try:
+            image = open_image(paths[k], own)
+            pixels = square(image, kind, side)
+        except ValueError as error:
+            return None, f"{paths[k]}: {error}"
+        os.pwrite(file.fileno(), pixels.tobytes(), k * pixels.nbytes)
+        return image.size, hashlib.sha256(pixels).hexdigest()[:16]
+
+    done = thread_map(read, range(len(paths)), desc="reading", disable=None)
+    errors = [text for size, text in done if size is None]
+    if errors:
+        some = "; ".join(errors[:3])
+        fail(f"{some} ({len(errors)} of {len(done)} images; those of lists lie below --data-root)")
+    return [size for size, _ in done], [digest for _, digest in done]
+
+
+def decoded(paths, kind, side, args):
+    """(ImageFile, sizes, digests): decode() into a file in .cache, unless that was done before."""
+    own = args.dataset not in LISTS
+    folder = Path(args.data_root or (args.dataset if own else "data"), ".cache")
+    name = hashlib.sha256(f"{kind} {side} ".encode() + names_and_lengths(paths, args)).hexdigest()[:16]
+    pixels, index = folder / f"{name}.pixels", folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = lock(folder)  # one process decodes, the others wait
+    try:
+        if not (index.exists() and pixels.exists()):
+            with open(pixels, "wb") as file:
+                found = decode(file, paths, kind, side, own)
+            save(index, json.dumps(found), every_rank=True)
+    finally:
+        os.close(handle)
+    sizes, digests = json.loads(index.read_text())
+    return ImageFile(pixels, len(paths), side), sizes, digests
+
+
+def small_squares(parts, args, device):
+    """({part: Split}, digests) of {part: (paths, labels)}: images of one small size, read into memory."""
+    first = parts["train"][0][0]
+    try:
+        side = open_image(first).width
+    except ValueError:
+        side = 32  # decode() names it, with the others that cannot be read
+    if not 16 <= side <= 256:  # of one photograph, before all are read
+        fail(f"{first} has {side} pixels a side: small images have 16 to 256, for others give --image-size")
+    images, digests = {}, {}
+    for part, (paths, labels) in parts.items():
+        file, _, digests[part] = decoded(paths, "exact", side, args)
+        images[part] = file.read(np.arange(len(paths))).numpy(), labels
+    mean, std = mean_and_std(images["train"][0])
+    return on_device(images, mean, std, device), digests
+
+
+def photographs(parts, args, device):
+    """({part: Split}, digests) of {part: (paths, labels)}: those for training squashed, with the sizes of the
+    originals, to be cropped on the device; the others as the test sees them."""
+    lists = LISTS.get(args.dataset, Lists("", "", (), 0.0))  # your own have ImageNet's mean and deviation
+    mean = 255 * torch.tensor(lists.mean, device=device)
+    std = 255 * torch.tensor(lists.std, device=device)
+    crop = args.image_size or 224
+    splits, digests = {}, {}
+    for part, (paths, labels) in parts.items():
+        labels = torch.as_tensor(labels, device=device)
+        if part == "train":
+            images, sizes, digests[part] = decoded(paths, "squashed", args.cache_size, args)
+            sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
+            splits[part] = Split(images, labels, mean, std, sizes, crop, lists.jitter)
+        else:
+            images, _, digests[part] = decoded(paths, "central", crop, args)
+            splits[part] = Split(images, labels, mean, std)
+    return splits, digests
+
+
+def read_files(parts, args, device):
+    """{part: Split} of {part: (paths, labels)}. Your own images are small squares, or photographs if
+    --image-size is given."""
+    if args.dataset in LISTS:
+        return photographs(parts, args, device)[0]
+    read = photographs if args.image_size else small_squares
+    splits, digests = read(parts, args, device)
+    seen = {}
+    for part, (paths, labels) in parts.items():
+        for path, label, digest in zip(paths, labels, digests[part]):
+            first = seen.setdefault(digest, (path, part, label))
+            if first[1:] != (part, label):  # it would make the scores wrong
+                fail(f"{path} in {part} and {first[0]} in {first[1]} are the same picture")
+    return splits
+
+
+def photograph_batches(split, order, batch_size, generator):
+    """batches() of photographs: RandomResizedCrop, mirror image and ColorJitter."""
+    on_host = order.cpu()  # once per epoch: reading a batch then waits for nothing
+    for index, files in zip(order.split(batch_size), on_host.split(batch_size)):
+        draws = torch.rand(len(index), 22 + 1 + 6, generator=generator, device=order.device)
+        box, mirror, colours = draws[RANK::WORLD].split((22, 1, 6), dim=1)
+        index = index[RANK::WORLD]
+        start, extent = crop_boxes(box, split.sizes[index])
+        images = take(split, files[RANK::WORLD])
+        x = resample(images, start, extent, split.crop, mirrored=mirror[:, 0] < 0.5)
+        if split.jitter:
+            x = colour_jitter(x, colours, split.jitter)
+        yield normalise(x, split), split.labels[index]
+
+
+def crop_boxes(u, sizes):
+    """RandomResizedCrop's boxes as torchvision draws them: 8 to 100 % of the area, aspect ratio 3/4 to 4/3,
+    of ten draws the first that fits, else the largest central one. u (n, 22): random numbers; sizes (n, 2).
+    Returns where the boxes start and what they extend over, (n, 2) each, as parts of the width and height."""
+    area = sizes.prod(1, keepdim=True) * (0.08 + 0.92 * u[:, :10])              # (n, 10)
+    ratio = (4 / 3) ** (2 * u[:, 10:20] - 1)                                    # (n, 10)
+    widths = (area * ratio).sqrt().round()
+    heights = (area / ratio).sqrt().round()
+    extents = torch.stack([widths, heights], 2)                                 # (n, 10, 2)
+    fits = ((extents > 0) & (extents <= sizes[:, None])).all(2)                 # (n, 10)
+    first = fits.byte().argmax(1)
+    drawn = extents[torch.arange(len(sizes), device=u.device), first]           # (n, 2)
+    central = torch.minimum(sizes, sizes.flip(1) * 4 / 3).round()
+    any_fits = fits.any(1, keepdim=True)
+    extent = torch.where(any_fits, drawn, central)
+    room = sizes - extent
+    start = torch.where(any_fits, u[:, 20:22] * (room + 1), room / 2).floor()
+    return start / sizes, extent / sizes
+
+
+def resample(images, start, extent, size, mirrored=None):
+    """Pillow's bilinear resize, with antialiasing, of a box of each image: (n, S, S, 3) uint8 -> (n, size,
+    size, 3) float in 0..255, as two matrix products. start, extent (n, 2): x and y of the box, as parts of
+    the side; mirrored (n,)."""
+    side = images.shape[1]
+    pixel = torch.arange(side, device=images.device) + 0.5                      # (S,)
+    grid = (torch.arange(size, device=images.device) + 0.5) / size              # (size,)
+    weights = []
+    for k in (0, 1):  # x, y
+        at = grid.expand(len(images), size)
+        if k == 0 and mirrored is not None:
+            at = torch.where(mirrored[:, None], 1 - grid, grid)
+        centre = side * (start[:, k, None] + extent[:, k, None] * at)           # (n, size)
+        width = (side / size * extent[:, k]).clamp(min=1)  # (n,) of the triangular filter
+        w = (1 - (pixel - centre[..., None]).abs() / width[:, None, None]).clamp(min=0)
+        weights.append(w / w.sum(2, keepdim=True))                              # (n, size, S)
+    return torch.einsum("nyxc,niy,njx->nijc", images.float(), weights[1], weights[0])
+
+
+def colour_jitter(x, u, strength):
+    """torchvision's ColorJitter(s, s, s): brightness, contrast and saturation in an order drawn for each
+    image, rounded as Pillow does. x (n, H, W, 3) in 0..255, u (n, 6) random numbers."""
+    order = u[:, :3].argsort(1)                                                 # (n, 3)
+    factors = 1 + strength * (2 * u[:, 3:] - 1)                                 # (n, 3)
+    for step in (0, 1, 2):
+        kind = order[:, step].view(-1, 1, 1, 1)
+        factor = factors.gather(1, kind.view(-1, 1)).view(-1, 1, 1, 1)
+        red, green, blue = x.split(1, dim=3)                                    # (n, H, W, 1) each
+        grey = (0.299 * red + 0.587 * green + 0.114 * blue).round()
+        mean = grey.mean((1, 2), keepdim=True).round()
+        base = torch.where(kind == 1, mean, grey)
+        base = torch.where(kind == 0, 0.0, base)
+        x = (base + factor * (x - base)).clamp(0, 255).floor()
+    return x
+
+
 def main():
     words = sys.argv[1:]
     if words[:1] == ["predict"] and len(words) > 3:
         print_predictions(words[1], words[2], words[3:])
     elif words[:1] == ["classes"] and len(words) == 2:
         print_classes(words[1])
-    elif len(words) == 1:
+    elif len(words) == 1 and words[0][0] != "-":
         print(table(load_results(Path(words[0]))))
     else:
         fail("usage: python common.py RUNS, or classes RUN, or predict RUN ROW IMAGE...")

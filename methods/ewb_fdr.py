@@ -253,8 +253,8 @@ def main(argv=None):
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(step(x, labels))
             run.log(losses)
-            if run.test_now():
-                run.tested(common.predict(net, data.test)[0])
+            if run.eval_due():
+                run.keep_best(common.predict(net, data.test)[0])
 
     if args.variant == "wb":  # stage 2: the classifier alone, balanced
         net.requires_grad_(False)
@@ -281,8 +281,8 @@ def main(argv=None):
                 losses.append(balance(x, labels))
             run.log(losses)
             max_norm_(net.fc.weight, delta)
-            if run.test_now():
-                run.tested(common.predict(net, data.test)[0])
+            if run.eval_due():
+                run.keep_best(common.predict(net, data.test)[0])
 
     # the network, adjusted additively, adjusted multiplicatively
     net.requires_grad_(False)
@@ -294,7 +294,7 @@ def main(argv=None):
     def multiplicative(feat):
         return multiplicative_la(unit_rows(net.fc, feat), counts, gamma)
 
-    run.test(net)
+    run.see_test_set(net)
     run.score(variant, net.fc, run.best_test)
     if data.val:  # iNaturalist 2018 has none
         val = common.features(net, data.val)                                    # (N, D)

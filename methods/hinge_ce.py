@@ -171,10 +171,10 @@ def main(argv=None):
         for x, labels in common.batches(data.train, args.batch_size, run.generator):
             losses.append(step(x, labels))
         run.log(losses)
-        if run.test_now():
-            run.tested(common.predict(net, data.test)[0])
+        if run.eval_due():
+            run.keep_best(common.predict(net, data.test)[0])
 
-    run.test(net)
+    run.see_test_set(net)
     run.score(args.variant, net.fc, run.best_test)
     labels = data.train.labels
     u = net.fc.projector(common.features(net, data.train))                      # (N, m)

@@ -135,9 +135,9 @@ def main(argv=None):
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(step(x, labels))
             run.log(losses)
-            if run.test_now():
-                run.tested(common.predict(net, data.test)[0])
-    run.test(net)
+            if run.eval_due():
+                run.keep_best(common.predict(net, data.test)[0])
+    run.see_test_set(net)
     run.score("stage 1", net.fc, run.best_test)
     run.save_weights(run.folder / "stage1.pt", net, flags1)
 
@@ -164,10 +164,10 @@ def main(argv=None):
         for x, labels in common.batches(data.train, args.batch_size, run.generator):
             losses.append(retarget(x, labels))
         run.log(losses)
-        if run.test_now():
-            run.tested(common.predict(net, data.test)[0])
+        if run.eval_due():
+            run.keep_best(common.predict(net, data.test)[0])
 
-    run.test(net)
+    run.see_test_set(net)
     run.score("lort", net.fc, run.best_test)
     metrics = {"stage 1 was trained with": flags1} if args.stage1 else {}
     labels = data.test.labels.cpu()

@@ -199,10 +199,10 @@ def main(argv=None):
         for x, labels in common.batches(data.train, args.batch_size, run.generator):
             losses.append(step(x, labels))
         run.log(losses, gated_pairs=gate(net.fc.weight, args.theta).sum().item() // 2)
-        if run.test_now():
-            run.tested(adjusted(common.features(net, data.test)))
+        if run.eval_due():
+            run.keep_best(adjusted(common.features(net, data.test)))
 
-    run.test(net)
+    run.see_test_set(net)
     if args.base == "la":
         run.score(variant.replace("la", "ce", 1), net.fc)                       # the same network, unadjusted
     run.score(variant, adjusted, run.best_test, args.tau if args.base == "la" else None)

@@ -320,7 +320,7 @@ def test_an_affine_map_is_a_linear_layer():
 def line(**changes):
     scores = {"all": 50.0, "many": 70.0, "medium": 50.0, "few": None}
     row = {"row": "rbl", "acc": scores, "acc_flip": scores, "best_test": None,
-           "paper": {"all": 53.1, "habit": "best epoch", "source": "poster, Table 1"}}
+           "paper": {"all": 53.1, "reading": "best epoch", "source": "poster, Table 1"}}
     run = {"method": "rbl", "dataset": "cifar100", "imb_factor": 100.0, "seed": 0, "flags": {"seed": 0, "lr": 0.1}, "rows": [row],
            "subset": {"sha256": "e0d5"}, "seconds": 60.0, "device": "CPU", "command": "methods/rbl.py --seed 0 --out 'a b' --lr 1"}
     return json.loads(json.dumps(run | changes))

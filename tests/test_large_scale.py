@@ -101,29 +101,30 @@ def test_a_broken_folder_is_one_line(refused, photos, tmp_path, how, word):
 def test_the_test_view_is_torchvisions(size):
     image = picture(np.random.RandomState(0), *size, 60)
     expected = tf.center_crop(tf.resize(image, 256), 224)
-    assert (common.square(image, "test", 224) == np.asarray(expected)).all()
+    assert (common.square(image, "central", 224) == np.asarray(expected)).all()
 
 
 def test_images_are_decoded_once_and_anew_after_an_interruption(photos, tmp_path, monkeypatch):
     paths = sorted(photos.glob("val/*/*.JPEG"))
     opened, real = [], common.open_image
 
-    def counted(path, turn):
+    def counted(path, own):
         opened.append(path)
         if len(opened) == 17:
             raise KeyboardInterrupt
-        return real(path, turn)
+        return real(path, own)
+    args = arguments(tmp_path)
     monkeypatch.setattr(common, "open_image", counted)
     with pytest.raises(KeyboardInterrupt):
-        common.decoded(tmp_path, paths, "test", 32, False)
-    images, sizes, digests = common.decoded(tmp_path, paths, "test", 32, False)
+        common.decoded(paths, "central", 32, args)
+    images, sizes, digests = common.decoded(paths, "central", 32, args)
     assert len(opened) >= 17 + 30 and len(set(digests)) == 30
     for k in (0, 7, 29):
         image = Image.open(paths[k])
         assert tuple(sizes[k]) == image.size
-        assert (images.read(np.array([k]))[0].numpy() == common.square(image.convert("RGB"), "test", 32)).all()
+        assert (images.read(np.array([k]))[0].numpy() == common.square(image.convert("RGB"), "central", 32)).all()
     before = len(opened)
-    common.decoded(tmp_path, paths, "test", 32, False)
+    common.decoded(paths, "central", 32, args)
     assert len(opened) == before
 
 
@@ -136,7 +137,8 @@ def counted(*words):
     print("decoded")
     return real(*words)
 common.square = counted
-common.decoded(pathlib.Path({str(tmp_path)!r}), sorted(pathlib.Path({str(photos)!r}).glob("val/*/*.JPEG")), "test", 32, False)
+args = common.base_parser("").parse_args(["--dataset", "imagenet-lt", "--data-root", {str(tmp_path)!r}])
+common.decoded(sorted(pathlib.Path({str(photos)!r}).glob("val/*/*.JPEG")), "central", 32, args)
 """
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(process.communicate(timeout=60)[0].count("decoded") for process in processes) == [0, 30]

@@ -420,7 +420,8 @@ def test_ctrl_c_loses_nothing(call, tmp_path, capsys):
     assert 1 <= epoch < 300 and len(next(tmp_path.glob("*/log.jsonl")).read_text().splitlines()) == epoch
 
 
-MEMORY = [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory"),
+accelerator_error = getattr(torch, "AcceleratorError", RuntimeError)  # newer torch has it
+MEMORY = [torch.OutOfMemoryError("CUDA out of memory."), accelerator_error("CUDA error: out of memory"),
           RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 
 
