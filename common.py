@@ -17,6 +17,7 @@ A run is a folder, OUT/METHOD-VARIANT-DATASET-ifFACTOR-seedSEED:
 import argparse
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -596,7 +597,7 @@ def captured(step, net, optimizer, enabled=True):
     buffers and momentum as they were. Where it fails, training goes on with step itself, from the same state.
     """
     if WORLD > 1:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in parameters]))
     if WORLD > 1 or not enabled or not next(net.parameters()).is_cuda:
         return step
@@ -664,11 +665,12 @@ def save(path, content, every_rank=False):
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
+        if isinstance(content, str):
+            temporary.write_text(content, "utf-8")
+        else:
+            buffer = io.BytesIO()  # torch.save on a full disk raises another error than a full disk's
+            torch.save(content, buffer)
+            temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # if it did not get that far
@@ -722,13 +724,15 @@ def load_network(path, row=None):
     return net.eval(), saved
 
 
-def load_stage1(path, data, wanted):
-    """(net, data, flags) to go on from a run's weights.pt: data normalised as that network was trained, and
-    the flags of that run. wanted: flags that must be as there."""
-    net, saved = load_network(path)
-    same_flags(path, saved["flags"], wanted)
+def load_stage1(args, data, *names, **others):
+    """(net, data, flags) to go on from the weights.pt of --stage1: data normalised as that network was
+    trained, and the flags of that run. Refused where flags differ there: of these names those in args, and
+    others."""
+    net, saved = load_network(args.stage1)
+    wanted = {name: vars(args)[name] for name in names} | others
+    same_flags(args.stage1, saved["flags"], wanted)
     if saved["content"] != data.subset["content"]:
-        fail(f"{path} was trained on other images: the data have changed")
+        fail(f"{args.stage1} was trained on other images: the data have changed")
     return net, normalised_as(data, saved["mean"], saved["std"]), saved["flags"]
 
 

@@ -130,15 +130,21 @@ def choose(adjust, logits, labels, counts):
     return strengths[scores.index(max(scores))]
 
 
+def class_means(feat, labels):
+    """(K, D) float64 of feat (N, D), labels (N,); 0 for a class without samples."""
+    n = torch.bincount(labels)[:, None].double()                                # (K, 1)
+    sums = torch.zeros(len(n), feat.shape[1], dtype=torch.float64, device=feat.device)
+    return sums.index_add(0, labels, feat.double()) / n.clamp(min=1)
+
+
 def fisher_ratio(feat, labels):
     """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), labels (N,), in float64, by EWB-FDR's
-    code: S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples, S_W = sum_i (f_i -
-    mu_{y_i})(...)^T. Dimensions that hardly vary (by 1e-3 of the mean feature) are left out; NaN if S_W is
-    singular all the same."""
+    code: S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples (text: of the class means),
+    S_W = sum_i (f_i - mu_{y_i})(...)^T. Dimensions that hardly vary (by 1e-3 of the mean feature) are left
+    out; NaN if S_W is singular all the same."""
+    means = class_means(feat, labels)                                           # (K, D)
     feat = feat.double()
-    n = torch.bincount(labels).double()[:, None]                                # (K, 1)
-    sums = feat.new_zeros(len(n), feat.shape[1]).index_add(0, labels, feat)     # (K, D)
-    means = sums / n.clamp(min=1)
+    n = torch.bincount(labels)[:, None].double()                                # (K, 1)
     between = (means - feat.mean(0)) * n.sqrt()
     within = feat - means[labels]                                               # (N, D)
     s_b = between.T @ between                                                   # (D, D)
@@ -153,9 +159,25 @@ def fisher_ratio(feat, labels):
     return torch.linalg.solve(s_w, s_b).trace().item()
 
 
+def cosine_between_classes(feat, labels):
+    """Fig. 1: the mean cosine of features of two classes, mean over all pairs of classes."""
+    means = class_means(F.normalize(feat), labels)
+    cosine = means @ means.T  # of two means of unit vectors: the mean of their cosines  (K, K)
+    pairs = len(cosine) ** 2 - len(cosine)
+    return (cosine.sum() - cosine.trace()).item() / pairs
+
+
+def norms_of_means(feat, labels, counts):
+    """Fig. 2: the norm of a class's mean feature, mean over each shot group's classes. counts: K training
+    images."""
+    norms = class_means(feat, labels).norm(dim=1).cpu()                         # (K,)
+    groups = common.shot_groups(counts)
+    return {name: norms[group].mean().item() for name, group in groups.items()}
+
+
 # ---- the recipe
 
-RECIPE = dict(epochs=320, batch_size=64, lr=0.01, weight_decay=None, backbone="resnet34", val_per_class=20,
+RECIPE = dict(epochs=320, batch_size=64, lr=0.01, backbone="resnet34", val_per_class=20,
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)  # both codes
 CHANGES = {"ce": dict(epochs=200), "wd": dict(epochs=200), "wb": dict(epochs=200),              # WB's text
            "synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # our demo
@@ -190,9 +212,12 @@ def parse_args(argv):
         common.fail(f"--stage1 has no effect with --variant {args.variant}")
     if args.cb_loss and args.variant not in ("cb", "wb"):
         common.fail(f"--cb-loss has no effect with --variant {args.variant}")
+    decay = {"synthetic": 1e-3, "imagenet-lt": 5e-4, "inat18": 1e-4}.get(args.dataset, 5e-3)  # codes: 5e-3
+    if args.variant in ("ce", "cb"):
+        decay = 0.0
     if args.weight_decay is None:
-        decay = {"synthetic": 1e-3, "imagenet-lt": 5e-4, "inat18": 1e-4}.get(args.dataset, 5e-3)
-        args.weight_decay = 0.0 if args.variant in ("ce", "cb") else decay
+        args.weight_decay = decay
+    args.published &= args.weight_decay == decay
     if args.cb_loss is None:
         args.cb_loss = "bce" if args.variant == "wb" else "ce"
     return args
@@ -216,10 +241,9 @@ def main(argv=None):
         net.fc.weight = torch.nn.Parameter(etf, requires_grad=False)            # the bias stays learned, and
         torch.nn.init.uniform_(net.fc.bias, -1 / dim, 1 / dim)  # starts as in the authors' code
     if args.stage1:
-        names = ("dataset", "imb_factor", "subset_seed", "val_per_class", "seed", "epochs", "batch_size",
-                 "lr", "weight_decay", "backbone")
-        same = {"variant": "wd"} | {flag: vars(args)[flag] for flag in names}
-        net, data, _ = common.load_stage1(args.stage1, data, same)
+        same = ("dataset", "imb_factor", "subset_seed", "val_per_class", "seed", "epochs", "batch_size",
+                "lr", "weight_decay", "backbone")
+        net, data, _ = common.load_stage1(args, data, *same, variant="wd")
     net.to(run.device, memory_format=torch.channels_last)
     weights = class_balanced_weights(data.counts, args.beta).to(run.device)     # (K,)
     run.begin(data, net)
@@ -286,26 +310,35 @@ def main(argv=None):
 
     # the network, adjusted additively, adjusted multiplicatively
     net.requires_grad_(False)
-    counts = data.counts
-
-    def additive(feat):
-        return additive_la(net.fc(feat), counts, tau)
-
-    def multiplicative(feat):
-        return multiplicative_la(unit_rows(net.fc, feat), counts, gamma)
-
     run.see_test_set(net)
     run.score(variant, net.fc, run.best_test)
     if data.val:  # iNaturalist 2018 has none
         val = common.features(net, data.val)                                    # (N, D)
-        tau = choose(additive_la, net.fc(val), data.val.labels, counts)
-        gamma = choose(multiplicative_la, unit_rows(net.fc, val), data.val.labels, counts)
+        tau = choose(additive_la, net.fc(val), data.val.labels, data.counts)
+        gamma = choose(multiplicative_la, unit_rows(net.fc, val), data.val.labels, data.counts)
+
+        def additive(feat):
+            return additive_la(net.fc(feat), data.counts, tau)
+
+        def multiplicative(feat):
+            return multiplicative_la(unit_rows(net.fc, feat), data.counts, gamma)
+
         run.score(f"{variant} + additive LA", additive, strength=tau)
         run.score(f"{variant} + multiplicative LA", multiplicative, strength=gamma)
-    fisher = {"train": fisher_ratio(common.features(net, data.train), data.train.labels),
-              "test": fisher_ratio(run.feat, data.test.labels)}
+
+    parts = {"train": (common.features(net, data.train), data.train.labels),
+             "test": (run.feat, data.test.labels)}
+    metrics = {"fisher_ratio": {}, "cosine_between_classes": {}, "norms_of_means": {}}
+    for part, (feat, labels) in parts.items():
+        metrics["fisher_ratio"][part] = fisher_ratio(feat, labels)
+        metrics["cosine_between_classes"][part] = cosine_between_classes(feat, labels)
+        metrics["norms_of_means"][part] = norms_of_means(feat, labels, data.counts)
+    scales = []  # of BatchNorm, Table 2
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            scales.append(module.weight.mean().item())
     headline = f"{variant} + multiplicative LA" if args.variant == "fr-etf" else variant
-    run.finish(net, headline, fisher_ratio=fisher)
+    run.finish(net, headline, **metrics, batchnorm_scale=sum(scales) / len(scales))
 
 
 if __name__ == "__main__":

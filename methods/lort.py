@@ -10,27 +10,20 @@ logits then become small and equally large over the classes, without knowing how
               delta = 0.98: with K = 100 the targets are 0.0298 and 0.0098
 
     Logits Magnitude     L_i = mean of z_i over images of class i - mean of z_i over all others    (Def. 1)
-    regularised std      r_i = std of z_i over all images / L_i                                    (Def. 2)
+    regularised std      r_i = std of z_i over all test images / L_i                       (Def. 2, Fig. 3)
 
-To reproduce: CIFAR-100-LT, IF 100, ResNet-34: LORT 54.9 (best of five runs, best test epoch, flip averaging);
-stage 1 48.4, which Table 1 gives for the features of WB, whose code trains 320 epochs; LORT's text says 200
-for every CIFAR model.
+To reproduce: CIFAR-100-LT, IF 100, ResNet-34: LORT 54.9 (best of five runs, best test epoch, flip
+averaging); stage 1 48.4, which is WB's network of 320 epochs; LORT's text, and ours, have 200.
+--retrain all: Table 1, eleven other classifiers on the same features. Their rates and constants are not
+published: they are chosen from a small grid on validation images.
 
-Code read: bilibili/LOS. Departures
-- Last epoch, one view, mean over seeds; the paper's flip averaging (App. B) stands in its own column. Stage 2
-  too starts from the last epoch; in the authors' code from the one that was best on the test set.
-- The field's shuffled subset; the authors' code takes the first images of each class.
-- As in the authors' code, the convolutions start from PyTorch's default; --init he is WB's and EWB's network.
-- --bn train follows the authors' code: in stage 2 normalisation uses the batch and its running statistics
-  move on, although f is 'frozen'. --bn eval freezes them too, as the text says.
-- r_i: over all test images, as Fig. 3's caption says, and with the population's deviation.
-- ImageNet-LT and iNaturalist 2018: the paper does not state its weight decays nor stage 2's rate. Ours are
-  the 5e-4 and 1e-4 that other codes have, and the values of CIFAR; so no number of the paper stands beside
-  them (54.4, 70.8).
-- --stage1 takes the network of any script here; the 20 head images that a wd run holds out are then new to
-  stage 2.
+Code read: bilibili/LOS. Departures:
+- Stage 2 too starts from the last epoch; in the authors' code from the best on the test set.
+- As in that code, normalisation moves on in stage 2 although f is 'frozen' (--bn train), and convolutions
+  start from PyTorch's default (--init torch). Table 1's features are of plain images and their mirrors.
+- ImageNet-LT, iNaturalist 2018: our decays and our rate of stage 2, so no number of the paper stands beside.
 
-    python methods/lort.py                        python methods/lort.py --stage1 runs/.../weights.pt
+    python methods/lort.py [--stage1 runs/.../weights.pt [--retrain all]]
 """
 import math
 import sys
@@ -38,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -46,15 +40,15 @@ import common
 
 
 def lort_loss(logits, labels, delta):
-    """Eq. 13: cross-entropy with the retargeted labels. logits (B, K), labels (B,), 0 <= delta < 1 (0:
-    cross-entropy)."""
+    """Eq. 13: cross-entropy with the retargeted labels; delta = 0: as it is. logits (B, K), labels (B,)."""
     return F.cross_entropy(logits, labels, label_smoothing=delta)
 
 
 def logits_magnitude(logits, labels):
     """Def. 1: L_i, (K,). logits (N, K), labels (N,)."""
     own = F.one_hot(labels, logits.shape[1]).to(logits)                         # (N, K)
-    return (logits * own).sum(0) / own.sum(0) - (logits * (1 - own)).sum(0) / (1 - own).sum(0)
+    other = 1 - own
+    return (logits * own).sum(0) / own.sum(0) - (logits * other).sum(0) / other.sum(0)
 
 
 def regularized_std(logits, labels):
@@ -62,18 +56,72 @@ def regularized_std(logits, labels):
     return logits.std(0, correction=0) / logits_magnitude(logits, labels)
 
 
+# ---- Table 1: other classifiers on the same features f (B, D); n (K,): training images per class
+
+
+class Classifier(nn.Module):
+    """w (K, D) and b (K,) of stage 1, a method of Table 1 and its constant s. forward: the z (B, K) that are
+    tested."""
+
+    def __init__(self, fc, method, s=None, rate=0.0, decay=0.0):
+        super().__init__()
+        self.method, self.s, self.rate, self.decay = method, s, rate, decay
+        self.w = nn.Parameter(fc.weight.detach().clone(), requires_grad=method != "lws")
+        self.b = nn.Parameter(fc.bias.detach().clone(), requires_grad=method != "lws")
+        self.c = nn.Parameter(torch.ones_like(self.b), requires_grad=method == "lws")
+
+    def forward(self, f, n):
+        w, b, s = self.w, self.b, self.s
+        if self.method == "cosine":    # s w_i.f / (|w_i| |f|), where |f| changes no decision
+            w = F.normalize(w)
+            return s * F.linear(f, w)
+        if self.method == "tau-norm":  # w_i / |w_i|^tau, after training
+            w = w / w.norm(dim=1, keepdim=True).clamp(min=1e-12) ** s
+        if self.method == "la":        # z_i - tau log n_i, after training
+            b = b - s * n.log()
+        return self.c * F.linear(f, w) + b  # lws: c_i (w_i.f) + b_i
+
+
+def table_1_loss(classifier, f, y, n):
+    """The mean of -r(y) log softmax(z)_y (eq. 1); y (B,)."""
+    method, s = classifier.method, classifier.s
+    z = classifier(F.normalize(f) if method == "cosine" else f, n)              # (B, K)
+    own = F.one_hot(y, len(n)).to(z)
+    if method == "lort":
+        return lort_loss(z, y, s)
+    if method == "cb":  # r = (1 - beta) / (1 - beta^n_y), with mean 1 over the classes; WB's mean_j BCE(p_j)
+        r = 1 / (1 - s ** n.double())                                           # (K,)
+        r = r / r.mean()
+        r = r.to(z)
+        bce = F.binary_cross_entropy(z.softmax(1), own, reduction="none")       # (B, K)
+        return (r[y] * bce.mean(1)).mean()
+    if method == "ldam":   # z_y - C / n_y^(1/4), the largest margin is s
+        z = z - own * s * (n.min() / n) ** 0.25
+    if method == "bs":     # z_i + log n_i
+        z = z + n.log()
+    loss = F.cross_entropy(z, y, reduction="none")                              # -log p_y  (B,)
+    if method == "focal":  # r = (1 - p_y)^gamma
+        loss = (1 - (-loss).exp()) ** s * loss
+    return loss.mean()
+
+
 # ---- the recipe
 
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",  # the authors' code
               epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", init="torch")
-CHANGES = {"imagenet-lt": dict(batch_size=128, lr=0.03, backbone="resnext50_32x4d", delta=0.99,
-                               weight_decay=5e-4),
-           "inat18": dict(batch_size=256, lr=0.1, backbone="resnet50", delta=0.99, weight_decay=1e-4),
-           "synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, lr2=0.02,  # our demo
-                             weight_decay=1e-3)}
-HABIT = "best of 5, flip, best epoch"
-PAPER = {"stage 1": (HABIT, "LORT, Table 1, on the features of WB", {"cifar100": {100: 48.4}}),
-         "lort": (HABIT, "LORT, Table 2", {"cifar100": {100: 54.9, 50: 58.8, 10: 69.7}})}
+CHANGES = {"imagenet-lt": dict(backbone="resnext50_32x4d", batch_size=128, lr=0.03, weight_decay=5e-4,
+                               delta=0.99),
+           "inat18": dict(backbone="resnet50", batch_size=256, lr=0.1, weight_decay=1e-4, delta=0.99),
+           "synthetic": dict(backbone="small", epochs=15, lr=0.2, weight_decay=1e-3, epochs2=5, lr2=0.02)}
+READING = "best of 5, flip, best epoch"
+PAPER = {"lort": (READING, "LORT, Table 2", {"cifar100": {100: 54.9, 50: 58.8, 10: 69.7}})}
+TABLE_1 = {"stage 1": 48.44, "tau-norm": 53.01, "la": 52.45, "cosine": 51.66, "lws": 48.99, "ldam": 52.94,
+           "bs": 52.23, "re-sampling": 48.44, "focal": 50.94, "cb": 54.30, "max-norm": 51.64}
+SOURCE = READING, "LORT, Table 1, on the features of WB"
+PAPER |= {row: (*SOURCE, {"cifar100": {100: percent}}) for row, percent in TABLE_1.items()}
+TRAINED = ("cosine", "lws", "ldam", "bs", "re-sampling", "focal", "cb", "max-norm", "lort")
+CONSTANTS = {"cosine": (1, 16), "ldam": (0.5, 2, 8), "focal": (1, 2), "cb": (0.9999,)}  # s to choose from
+RATES = ((0.01, 0), (0.01, 5e-3), (0.01, 0.1), (0.1, 0), (0.1, 5e-3))  # rates and decays; (0.01, 0.1): WB
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -86,93 +134,142 @@ def parse_args(argv):
     add = parser.add_argument_group("LORT").add_argument
     add("--delta", type=common.number(float, 0, 1), help="of the targets; 0 is cross-entropy")
     add("--stage1", help="weights.pt of a run of any script here, to retrain instead of training stage 1")
+    add("--retrain", choices=["all"], help="Table 1, in place of stage 2")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
-    add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own; or He et al.'s")
+    add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own, or He et al.'s")
     add("--bn", choices=["train", "eval"], help="normalisation in stage 2: moving on, or frozen")
-    return common.parse(parser, argv, RECIPE, CHANGES)
+    args = common.parse(parser, argv, RECIPE, CHANGES)
+    if args.retrain and not args.val_per_class:  # as ewb_fdr.py
+        args.val_per_class = {"synthetic": 10, "cifar10": 20, "cifar100": 20}.get(args.dataset, 0)
+    return args
+
+
+def retrain(run, args, method, candidates, feat, labels, n):
+    """Train classifiers on the same batches. feat (2N, D), labels (2N,): of N images and of their mirrors."""
+    groups = []
+    for z in candidates:  # its rate times loss and decay, at a rate of 1, is its own rate
+        decay = z.rate * z.decay
+        groups.append({"params": list(z.parameters()), "weight_decay": decay})
+    optimizer = torch.optim.SGD(groups, torch.tensor(1.0, device=run.device), momentum=0.9, fused=True)
+    low, high = candidates[0].w.detach().norm(dim=1).aminmax()
+    delta = low + 0.1 * (high - low)  # of max-norm, as in WB's code
+    for epoch in run.epochs(method, args.epochs2, candidates, optimizer):
+        common.set_lr(optimizer, cosine_lr(epoch, args.epochs2, 1))
+        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)     # the same for all methods
+        order = torch.randperm(len(labels), generator=generator)
+        if method == "re-sampling":  # every class equally often
+            chance = 1 / n[labels].cpu()
+            order = torch.multinomial(chance, len(labels), True, generator=generator)
+        losses = []
+        for index in order[:len(labels) // 2].split(args.batch_size):
+            f, y = feat[index], labels[index]
+            loss = sum(z.rate * table_1_loss(z, f, y, n) for z in candidates)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        run.log(losses)
+        if method == "max-norm":  # |w_i| <= delta, projected once an epoch
+            for z in candidates:
+                z.w.data.renorm_(2, 0, delta.item())
+
+
+def table_1(run, args, net, data, flags1):
+    """Score the classifiers of all methods on the features of stage 1."""
+    n = torch.tensor(data.counts, device=run.device).float()
+    feat = [common.features(net, data.train), common.features(net, data.train, mirrored=True)]
+    feat = torch.cat(feat)                                                      # (2N, D)
+    labels = data.train.labels.repeat(2)
+    val = common.features(net, data.val)
+    rates = ((args.lr2, args.weight_decay2), *RATES)
+    constants = CONSTANTS | {"lort": (args.delta,)}
+    metrics = {"stage 1 was trained with": flags1, "rates and decays": rates, "constants": constants}
+    for method in ("tau-norm", "la", *TRAINED):
+        candidates = nn.ModuleList()
+        if method in TRAINED:
+            for s in constants.get(method, (None,)):
+                candidates.extend(Classifier(net.fc, method, s, *pair) for pair in rates)
+            retrain(run, args, method, candidates, feat, labels, n)
+        else:  # after training; tau is one of 0, 0.05, ... 3
+            candidates.extend(Classifier(net.fc, method, k / 20) for k in range(61))
+        scores = []
+        for z in candidates:
+            scores.append(common.report(z(val, n), data.val.labels, data.counts)["all"])
+        best = candidates[scores.index(max(scores))]
+        run.score(method, lambda f: best(f, n), strength=None if best.rate else best.s)
+        metrics[method] = {"rate": best.rate, "decay": best.decay, "s": best.s, "val": max(scores)}
+    net.fc = run.classifiers[method]
+    run.finish(net, **metrics)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run = common.Run(args, "lort", "lort", PAPER)
+    run = common.Run(args, "lort", "table-1" if args.retrain else "lort", PAPER)
     data = common.load_data(args, run.device)
+    if args.retrain and data.val is None:
+        common.fail("--retrain chooses on validation images: give --val-per-class, or a val set")
     net = common.BACKBONES[args.backbone](len(data.counts))
     for module in net.modules():
-        if args.init == "torch" and isinstance(module, torch.nn.Conv2d):
+        if args.init == "torch" and isinstance(module, nn.Conv2d):
             module.reset_parameters()
     flags1 = run.flags
     if args.stage1:
-        same = {flag: vars(args)[flag] for flag in ("dataset", "imb_factor", "subset_seed", "backbone")}
-        net, data, flags1 = common.load_stage1(args.stage1, data, same)
+        same = ("dataset", "imb_factor", "subset_seed", "backbone")
+        net, data, flags1 = common.load_stage1(args, data, *same)
         if flags1["val_per_class"] < args.val_per_class:
-            common.fail(f"{args.stage1} was trained on images that --val-per-class holds out")
+            common.fail(f"--stage1 has seen images of --val-per-class {args.val_per_class}: train it so too")
         recipe = ("epochs", "batch_size", "lr", "weight_decay")
         args.published &= all(flags1[flag] == RECIPE[flag] for flag in recipe)
     net.to(run.device, memory_format=torch.channels_last)
     run.begin(data, net)
 
-    # stage 1: the whole network
-    optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
-                                weight_decay=args.weight_decay, fused=True)
+    def train(stage, epochs, lr, weight_decay, delta):
+        """Of both stages: whatever is not frozen."""
+        optimizer = torch.optim.SGD(net.parameters(), torch.tensor(lr, device=run.device), momentum=0.9,
+                                    weight_decay=weight_decay, fused=True)
 
-    def step(x, labels):
-        with run.autocast():
-            feat = net.features(x).float()
-        loss = F.cross_entropy(net.fc(feat), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        def step(x, labels):
+            with run.autocast():
+                feat = net.features(x).float()
+            loss = lort_loss(net.fc(feat), labels, delta)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
 
-    step = run.captured(step, net, optimizer)
-    net.train()
-    if not args.stage1:
-        for epoch in run.epochs("stage1", args.epochs, net, optimizer):
-            common.set_lr(optimizer, cosine_lr(epoch, args.epochs, args.lr))
+        step = run.captured(step, net, optimizer)
+        for epoch in run.epochs(stage, epochs, net, optimizer):
+            common.set_lr(optimizer, cosine_lr(epoch, epochs, lr))
             losses = []
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.eval_due():
                 run.keep_best(common.predict(net, data.test)[0])
+
+    # stage 1: the whole network, by cross-entropy
+    if not args.stage1:
+        net.train()
+        train("stage1", args.epochs, args.lr, args.weight_decay, delta=0.0)
     run.see_test_set(net)
     run.score("stage 1", net.fc, run.best_test)
     run.save_weights(run.folder / "stage1.pt", net, flags1)
+    if args.retrain:
+        return table_1(run, args, net, data, flags1)
 
     # stage 2: the classifier alone, towards nearly uniform targets
     net.requires_grad_(False)
     net.fc.requires_grad_(True)
-    optimizer2 = torch.optim.SGD(net.fc.parameters(), torch.tensor(args.lr2, device=run.device), momentum=0.9,
-                                 weight_decay=args.weight_decay2, fused=True)
-
-    def retarget(x, labels):
-        with torch.no_grad(), run.autocast():
-            feat = net.features(x).float()
-        loss = lort_loss(net.fc(feat), labels, args.delta)
-        optimizer2.zero_grad()
-        loss.backward()
-        optimizer2.step()
-        return loss.detach()
-
-    retarget = run.captured(retarget, net, optimizer2)
     net.train(args.bn == "train")
-    for epoch in run.epochs("stage2", args.epochs2, net, optimizer2):
-        common.set_lr(optimizer2, cosine_lr(epoch, args.epochs2, args.lr2))
-        losses = []
-        for x, labels in common.batches(data.train, args.batch_size, run.generator):
-            losses.append(retarget(x, labels))
-        run.log(losses)
-        if run.eval_due():
-            run.keep_best(common.predict(net, data.test)[0])
-
+    train("stage2", args.epochs2, args.lr2, args.weight_decay2, args.delta)
     run.see_test_set(net)
     run.score("lort", net.fc, run.best_test)
     metrics = {"stage 1 was trained with": flags1} if args.stage1 else {}
-    labels = data.test.labels.cpu()
     for stage, logits in run.logits.items():
-        magnitude, deviation = logits_magnitude(logits, labels), regularized_std(logits, labels)
+        magnitude = logits_magnitude(logits, data.test.labels.cpu())
+        deviation = regularized_std(logits, data.test.labels.cpu())
         for name, group in common.shot_groups(data.counts).items():
             metrics[f"{stage}, {name}"] = {"logits magnitude": magnitude[group].mean().item(),
                                            "regularised std": deviation[group].mean().item()}

@@ -268,6 +268,25 @@ def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path, capsys):
     assert torch.allclose(common.classify(net, saved, at), kept["logits"].softmax(1)[kept["labels"] == 0], atol=1e-5)
 
 
+def test_table_1_of_own_images(call, refused, own, monkeypatch, tmp_path):
+    """Chosen on held out images, or on a folder val/; not without either."""
+    monkeypatch.undo()
+    flags = ("--dataset", own, "--backbone", "small", "--batch-size", "4")
+    for out, held_out in {"held out": ("--val-per-class", "1"), "val": ()}.items():
+        if out == "val":
+            shutil.copytree(own / "test", own / "val")
+            for picture in own.glob("val/*/*.png"):
+                Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+        assert call("hinge_ce", *flags, *held_out, "--epochs", "1", out=tmp_path / out) == 0
+        stage1, = (tmp_path / out).glob("hinge_ce-*/weights.pt")
+        if out == "held out":
+            refused("lort", *flags, "--retrain", "all", "--stage1", stage1, words=["--val-per-class", "val"])
+        assert call("lort", *flags, *held_out, "--retrain", "all", "--stage1", stage1, "--epochs2", "2", out=tmp_path / out) == 0
+        run = json.loads(next((tmp_path / out).glob("lort-*/result.json")).read_text())
+        assert len(run["rows"]) == 12 and run["flags"]["val_per_class"] == len(held_out) // 2
+        assert all(row["paper"] is None and row["acc"]["all"] is not None for row in run["rows"])
+
+
 def test_overall_accuracy_where_the_test_set_is_not_balanced(call, own, monkeypatch, tmp_path):
     monkeypatch.undo()
     (own / "test" / "b" / "1.png").unlink()

@@ -2,6 +2,7 @@
 import ast
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,6 +254,26 @@ def test_fisher_ratio_against_loops():
         assert math.isnan(ewb_fdr.fisher_ratio(torch.tensor(bad), torch.tensor(labels[:len(bad)] if len(bad) > 3 else [0, 1, 2])))
 
 
+def test_cosines_and_norms_of_the_features():
+    labels, counts = torch.tensor([0, 0, 0, 1, 1, 2]), [300, 50, 5]
+    feat = rand(6, 4)
+    means = [[sum(f[d] for f, y in zip(feat.tolist(), labels) if y == k) / n for d in range(4)] for k, n in ((0, 3), (1, 2), (2, 1))]
+    assert np.allclose(ewb_fdr.class_means(feat, labels), means)
+    cosines = []
+    for a in range(3):
+        for b in range(3):
+            if a != b:
+                pairs = [F.cosine_similarity(x, y, dim=0).item() for x in feat[labels == a] for y in feat[labels == b]]
+                cosines.append(sum(pairs) / len(pairs))
+    assert ewb_fdr.cosine_between_classes(feat, labels) == pytest.approx(sum(cosines) / 6)
+    norms = [math.sqrt(sum(v * v for v in mean)) for mean in means]
+    expected = {"all": sum(norms) / 3, "many": norms[0], "medium": norms[1], "few": norms[2]}
+    assert ewb_fdr.norms_of_means(feat, labels, counts) == pytest.approx(expected)
+    lengths = torch.tensor([1.0, 2, 3, 4, 5, 6]).double()[:, None]
+    assert ewb_fdr.cosine_between_classes(lengths * torch.ones(6, 4), labels) == pytest.approx(1)  # the cone effect
+    assert ewb_fdr.cosine_between_classes(lengths * torch.eye(4)[labels], labels) == pytest.approx(0, abs=1e-12)
+
+
 # ---- LWR
 
 def slow_lwr(weight, theta, project):
@@ -360,6 +381,173 @@ def test_lort_metrics():
         assert lort.regularized_std(logits, labels)[i].item() == pytest.approx(np.std(own + other) / gap)
 
 
+# ---- LORT's Table 1
+
+COUNTS = [90.0, 30.0, 9.0, 2.0]
+
+
+def head(method, s=None, rate=0.1, decay=0.0, seed=0):
+    """A lort.Classifier in float64: 4 classes, 3 dimensions."""
+    fc = torch.nn.Linear(3, 4).double()
+    with torch.no_grad():
+        fc.weight.copy_(rand(4, 3, seed=seed))
+        fc.bias.copy_(rand(4, seed=seed + 1))
+        classifier = lort.Classifier(fc, method, s, rate, decay)
+        if method == "lws":
+            classifier.c.copy_(0.5 + torch.rand(4, generator=torch.Generator().manual_seed(seed)))
+    return classifier
+
+
+def slow_logits(fc, f, n):
+    rows = []
+    for x in f.tolist():
+        row = []
+        for w, b, c, n_i in zip(fc.w.tolist(), fc.b.tolist(), fc.c.tolist(), n):
+            inner, norm = sum(p * q for p, q in zip(w, x)), math.sqrt(sum(p * p for p in w))
+            row.append({"cosine": (fc.s or 0) * inner / norm, "lws": c * inner + b, "tau-norm": inner / norm ** (fc.s or 0) + b,
+                        "la": inner + b - (fc.s or 0) * math.log(n_i)}.get(fc.method, inner + b))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("method, s", [("cosine", 16), ("cosine", 1), ("lws", None), ("tau-norm", 1.9), ("tau-norm", 0.0), ("la", 1.3),
+                                       ("la", 0.0), ("bs", None), ("lort", 0.98)])
+def test_table_1_classifiers(method, s):
+    fc, f, n = head(method, s), rand(6, 3, seed=5), torch.tensor(COUNTS).double()
+    z = fc(f, n)
+    assert np.allclose(z.detach(), slow_logits(fc, f, COUNTS))
+    if s == 0.0:  # no adjustment: the classifier as it was
+        assert torch.allclose(z, F.linear(f, fc.w, fc.b))
+    if method == "la":  # equal counts: the same decisions
+        assert (fc(f, torch.ones(4)).argmax(1) == F.linear(f, fc.w, fc.b).argmax(1)).all()
+    if method == "cosine":  # at test |f| is left out: the decisions are those of the cosine
+        cosine = F.cosine_similarity(f[:, None], fc.w[None], dim=2)
+        assert (z.argmax(1) == cosine.argmax(1)).all()
+    linear = common.as_linear(lambda f: fc.float()(f, n.float()), 3, "cpu")
+    assert torch.allclose(linear(f.float()).double(), z, atol=1e-5)  # what a run keeps
+    fc.double().w.data.zero_()
+    assert fc(f, n).isfinite().all()
+
+
+def slow_loss(fc, f, labels, n):
+    total = 0.0
+    if fc.method == "cosine":
+        f = torch.stack([x / math.sqrt(sum(v * v for v in x.tolist())) for x in f])
+    for z, y in zip(slow_logits(fc, f, n), labels.tolist()):
+        if fc.method == "ldam":  # C / n^(1/4), where C / min n^(1/4) is the margin
+            z[y] -= fc.s * min(n) ** 0.25 / n[y] ** 0.25
+        if fc.method == "bs":
+            z = [v + math.log(n_i) for v, n_i in zip(z, n)]
+        p = softmax(z)
+        if fc.method == "cb":
+            r = [(1 - fc.s) / (1 - fc.s**n_i) for n_i in n]
+            total += r[y] / (sum(r) / 4) * sum(-math.log(p[j] if j == y else 1 - p[j]) for j in range(4)) / 4
+        elif fc.method == "focal":
+            total += (1 - p[y]) ** fc.s * -math.log(p[y])
+        elif fc.method == "lort":
+            total -= sum((fc.s / 4 + (1 - fc.s) * (i == y)) * math.log(p[i]) for i in range(4))
+        else:
+            total -= math.log(p[y])
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("method, s", [("cosine", 16), ("cosine", 1), ("lws", None), ("ldam", 0.5), ("ldam", 8), ("bs", None),
+                                       ("re-sampling", None), ("focal", 1), ("focal", 2.5), ("cb", 0.9999), ("cb", 0.5),
+                                       ("max-norm", None), ("lort", 0.98)])
+def test_table_1_loss(method, s):
+    fc, f, labels, n = head(method, s), rand(7, 3, seed=5), torch.tensor([0, 1, 2, 3, 3, 0, 0]), torch.tensor(COUNTS).double()
+    assert lort.table_1_loss(fc, f, labels, n).item() == pytest.approx(slow_loss(fc, f, labels, COUNTS))
+    assert lort.table_1_loss(fc.float(), f.float(), labels, n.float()).item() == pytest.approx(slow_loss(fc, f, labels, COUNTS), rel=1e-5)
+
+
+def test_table_1_losses_in_their_limits():
+    f, labels, n, equal = rand(7, 3, seed=5), torch.tensor([0, 1, 2, 3, 3, 0, 0]), torch.tensor(COUNTS).double(), torch.full((4,), 9.0)
+
+    def loss(method, s, n):
+        return lort.table_1_loss(head(method, s), f, labels, n).item()
+    z = head("max-norm")(f, n)
+    ce = F.cross_entropy(z, labels).item()
+    assert loss("focal", 0, n) == loss("ldam", 0, n) == loss("lort", 0.0, n) == pytest.approx(ce)
+    assert loss("bs", None, equal) == pytest.approx(ce)
+    assert loss("ldam", 0.7, equal) == pytest.approx(F.cross_entropy(z - 0.7 * F.one_hot(labels), labels).item())
+    plain = F.binary_cross_entropy(z.softmax(1), F.one_hot(labels).double()).item()
+    assert loss("cb", 0.0, n) == pytest.approx(plain) and loss("cb", 0.9999, equal) == pytest.approx(plain)
+    weights = ewb_fdr.class_balanced_weights(COUNTS, 0.9999).double()  # the same loss as in WB's script
+    assert loss("cb", 0.9999, n) == pytest.approx(ewb_fdr.class_balanced_loss(z, labels, weights, "bce").item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["cb", "focal", "bs"])
+def test_sure_images_leave_finite_gradients(method):
+    """p_y = 1 and p_y = 0 exactly, in float32."""
+    fc = head(method, {"cb": 0.9999, "focal": 1}.get(method)).float()
+    with torch.no_grad():
+        fc.w.copy_(300 * torch.eye(4)[:, :3])
+        fc.b.zero_()
+    loss = lort.table_1_loss(fc, torch.eye(3), torch.tensor([0, 1, 0]), torch.tensor(COUNTS))
+    loss.backward()
+    assert loss.isfinite() and fc.w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method, s", [("bs", None), ("lws", None), ("cosine", 16), ("re-sampling", None), ("max-norm", None),
+                                       ("lort", 0.98), ("cb", 0.9999)])
+def test_heads_are_trained_each_with_its_own_rate_and_decay(method, s):
+    """Against SGD with momentum, written out, for one head after the other."""
+    pairs, n = [(0.3, 0.0), (0.05, 0.2)], torch.tensor([6.0, 3.0, 2.0, 1.0]).double()
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 2 + [3]).repeat(2)
+    feat, stages = rand(24, 3, seed=7), []
+    heads = torch.nn.ModuleList(head(method, s, *pair) for pair in pairs)
+    run = SimpleNamespace(device="cpu", log=lambda losses: stages.append(len(losses)),
+                          epochs=lambda stage, total, net, optimizer: (assert_stage(stage, method), range(total))[1])
+    lort.retrain(run, SimpleNamespace(epochs2=3, seed=4, batch_size=5), method, heads, feat, labels, n)
+    assert stages == [3, 3, 3]  # 12 of the 24 views an epoch, in batches of 5, 5, 2
+    for fc, (rate, decay) in zip(heads, pairs):
+        slow = head(method, s, rate, decay)
+        norms = slow.w.detach().norm(dim=1)
+        delta = norms.min() + 0.1 * (norms.max() - norms.min())
+        momentum = {name: 0.0 for name, _ in slow.named_parameters()}
+        for epoch in range(3):
+            generator = torch.Generator().manual_seed(4000 + epoch)
+            order = torch.randperm(24, generator=generator)
+            if method == "re-sampling":
+                order = torch.multinomial(1 / n[labels], 24, True, generator=generator)
+            for index in order[:12].split(5):
+                slow.zero_grad()
+                lort.table_1_loss(slow, feat[index], labels[index], n).backward()
+                with torch.no_grad():
+                    for name, p in slow.named_parameters():
+                        if p.grad is not None:
+                            momentum[name] = 0.9 * momentum[name] + p.grad + decay * p
+                            p -= rate * 0.5 * (1 + math.cos(math.pi * epoch / 3)) * momentum[name]
+            if method == "max-norm":
+                ewb_fdr.max_norm_(slow.w.data, delta)
+        start = head(method, s)
+        for name in ("w", "b", "c"):
+            assert torch.allclose(getattr(fc, name), getattr(slow, name), atol=1e-6), name
+            learned = name in {"lws": ("c",), "cosine": ("w",)}.get(method, ("w", "b"))
+            assert torch.equal(getattr(fc, name), getattr(start, name)) != learned
+        if method == "max-norm":
+            assert fc.w.norm(dim=1).max() <= delta + 1e-6
+
+
+def assert_stage(stage, method):
+    assert stage == method
+
+
+def test_re_sampling_draws_every_class_equally_often():
+    labels, seen = torch.tensor([0] * 60 + [1] * 30 + [2] * 9 + [3]).repeat(2), []
+    real = lort.table_1_loss
+
+    def loss(fc, f, y, n):
+        seen.extend(y.tolist())
+        return real(fc, f, y, n)
+    run = SimpleNamespace(device="cpu", log=len, epochs=lambda stage, total, *_: range(total))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lort, "table_1_loss", loss)
+        lort.retrain(run, SimpleNamespace(epochs2=50, seed=0, batch_size=20), "re-sampling", torch.nn.ModuleList([head("re-sampling")]),
+                     rand(200, 3), labels, torch.tensor([60.0, 30.0, 9.0, 1.0]))
+    assert len(seen) == 5000 and np.bincount(seen) / 5000 == pytest.approx([0.25] * 4, abs=0.03)
+
+
 # ---- HingeCE
 
 def slow_hinge(feat, labels, weight, tau_plus, tau_minus):
@@ -396,6 +584,29 @@ def test_hinge_gradients():
     assert (torch.autograd.grad(F.cross_entropy(logits, labels), inside)[0] == 0).all()  # Theorem 1
     logits = hinge_ce.hinge_logits(inside, labels, weight, tau, none)
     assert torch.autograd.grad(F.cross_entropy(logits, labels), inside)[0].abs().max() > 1e-5  # with tau- = pi it does not hold
+
+
+def test_numerical_rank_and_within_class_spread():
+    """Fig. 4's two measures against loops, and for collinear, orthogonal and collapsed classes."""
+    labels = torch.tensor([0] * 6 + [1] * 5 + [3] * 4)  # class 2 has no image
+    feat = rand(15, 4) + 3 * rand(4, 4, seed=1)[labels]
+    ranks, means, within = [], [], np.zeros((4, 4))
+    for k in (0, 1, 3):
+        own = feat[labels == k].numpy()
+        ranks.append(np.linalg.norm(own, "nuc") ** 2 / (own**2).sum())
+        means.append(own.mean(0))
+        for f in own:
+            within += np.outer(f - own.mean(0), f - own.mean(0)) / len(own) / 3
+    between = sum(np.outer(m - np.mean(means, 0), m - np.mean(means, 0)) for m in means) / 3  # rank 2 of 4
+    assert hinge_ce.numerical_rank(feat, labels) == pytest.approx(np.mean(ranks))
+    nc1 = np.trace(within @ np.linalg.pinv(between)) / 3
+    assert hinge_ce.within_class_spread(feat, labels) == pytest.approx(nc1)
+    assert hinge_ce.within_class_spread(7 * feat + 2, labels) == pytest.approx(nc1)  # whatever scale and origin
+    assert hinge_ce.within_class_spread(feat.float(), labels) == pytest.approx(nc1, rel=1e-4)
+    collapsed = rand(4, 4)[labels]
+    assert hinge_ce.within_class_spread(collapsed, labels) == pytest.approx(0, abs=1e-12)
+    assert hinge_ce.numerical_rank(collapsed, labels) == pytest.approx(1)
+    assert hinge_ce.numerical_rank(torch.eye(4).repeat(2, 1), torch.tensor([0] * 4 + [1] * 4)) == pytest.approx(4)
 
 
 # ---- the schedules

@@ -21,9 +21,31 @@ TINY = ("--epochs", "2", "--imb-factor", "100")
 VARIANTS = ("ce", "cb", "wd", "wb", "etf", "fr-etf")
 MODES = {"ewb_fdr": [("--variant", v) for v in VARIANTS] + [("--variant", "wb", "--cb-loss", "ce")],
          "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "theta", "--momentum", "0")],
-         "lort": [(), ("--bn", "eval")],
+         "lort": [(), ("--bn", "eval"), ("--retrain", "all")],
          "lwr": [("--base", b) for b in ("bs", "ce-drw", "focal", "la")] + [("--project", "no", "--schedule", "const")],
          "rbl": [("--head", h) for h in ("rbl", "fixed", "linear")] + [("--augment", "strong", "--deterministic")]}
+
+
+RUNS = [(script, ()) for script in SCRIPTS] + [("lort", ("--retrain", "all"))]
+
+
+@pytest.fixture(scope="session")
+def wd(tmp_path_factory):
+    """weights.pt of a wd run, which holds 10 images a class out."""
+    out = tmp_path_factory.mktemp("wd")
+    flags = ["--variant", "wd", "--dataset", "synthetic", "--device", "cpu", "--out", str(out), *TINY]
+    importlib.import_module("ewb_fdr").main(flags)
+    return next(out.glob("*/weights.pt"))
+
+
+@pytest.fixture
+def call(call, wd):
+    """--retrain gets the --stage1 that it needs."""
+    def with_stage1(script, *flags, **kwargs):
+        if "--retrain" in flags and "--stage1" not in flags:
+            flags += ("--stage1", wd)
+        return call(script, *flags, **kwargs)
+    return with_stage1
 
 
 def test_every_script_is_listed():
@@ -49,10 +71,10 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
     assert not [str(w.message) for w in recwarn]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_trained_network_is_for_use(call, tmp_path, script):
+@pytest.mark.parametrize("script, mode", RUNS)
+def test_a_trained_network_is_for_use(call, tmp_path, script, mode):
     """load_network() gives the logits of every row, whatever the script made of the classifier."""
-    assert call(script, *TINY) == 0
+    assert call(script, *TINY, *mode) == 0
     weights, = tmp_path.glob("runs/*/weights.pt")
     kept = saved(tmp_path / "runs", "test_logits.pt")
     data = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu"))
@@ -64,22 +86,23 @@ def test_a_trained_network_is_for_use(call, tmp_path, script):
         assert torch.allclose(common.predict(net, split)[0], logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_same_command_gives_the_same_numbers(call, tmp_path, script):
+@pytest.mark.parametrize("script, mode", RUNS)
+def test_the_same_command_gives_the_same_numbers(call, tmp_path, script, mode):
     for out in ("a", "b"):
-        assert call(script, *TINY, out=tmp_path / out) == 0
+        assert call(script, *TINY, *mode, out=tmp_path / out) == 0
     a, b = (result(tmp_path / out) for out in ("a", "b"))
     assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"]
     assert same(saved(tmp_path / "a")["net"], saved(tmp_path / "b")["net"])
-    assert call(script, *TINY, "--seed", "1", out=tmp_path / "c") == 0
+    assert call(script, *TINY, *mode, "--seed", "1", out=tmp_path / "c") == 0
     assert not same(saved(tmp_path / "a")["net"], saved(tmp_path / "c")["net"])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, monkeypatch, script):
-    """With other test images the weights and every choice stay; with other validation images the weights stay."""
-    flags = (*TINY, "--eval-every", "1", "--val-per-class", "10")
-    real, run, net = common.load_data, {}, {}
+@pytest.mark.parametrize("script, mode", RUNS)
+def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, monkeypatch, script, mode):
+    """With other test images the weights and every choice stay. With other validation images the weights stay too, but that
+    --retrain chooses among trained classifiers by them: it trains the same ones and chooses others."""
+    flags = (*TINY, *mode, "--eval-every", "1", "--val-per-class", "10")
+    real, run, net, losses = common.load_data, {}, {}, {}
     for change in ("nothing", "test", "val"):
         def load(args, device):
             data = real(args, device)
@@ -90,8 +113,15 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         monkeypatch.setattr(common, "load_data", load)
         assert call(script, *flags, out=tmp_path / change) == 0
         run[change], net[change] = result(tmp_path / change), saved(tmp_path / change)["net"]
-    assert same(net["nothing"], net["test"]) and same(net["nothing"], net["val"])
+        log = (next((tmp_path / change).glob("*/log.jsonl"))).read_text().splitlines()
+        losses[change] = [json.loads(line)["loss"] for line in log]
+    assert same(net["nothing"], net["test"]) and losses["nothing"] == losses["test"] == losses["val"]
     assert run["nothing"]["rows"][0]["acc"] != run["test"]["rows"][0]["acc"]
+    if mode:
+        chosen = [{row["row"]: run[change]["metrics"].get(row["row"]) for row in run[change]["rows"]} for change in run]
+        assert chosen[0] == chosen[1] != chosen[2] and run["nothing"]["rows"][0] == run["val"]["rows"][0]
+        net = {change: {name: value for name, value in net[change].items() if not name.startswith("fc.")} for change in net}
+    assert same(net["nothing"], net["val"])
     if script == "ewb_fdr":
         assert [[row["strength"] for row in run[change]["rows"]] for change in ("nothing",)] == \
             [[row["strength"] for row in run[change]["rows"]] for change in ("test",)]
@@ -209,6 +239,76 @@ def test_lort_retrains_the_network_of_any_script(call, tmp_path, script):
     kept = saved(tmp_path / "runs", "test_logits.pt")
     before = common.report(kept["logits"], kept["labels"], kept["counts"])
     assert result(tmp_path / "lort")["rows"][0]["acc"] == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_table_1_starts_from_the_network_of_any_script(call, tmp_path, script):
+    """Its first row is that network; each of the others starts there."""
+    assert call(script, *TINY, "--val-per-class", "10") == 0
+    stage1, = tmp_path.glob("runs/*/weights.pt")
+    assert call("lort", "--retrain", "all", "--stage1", stage1, "--epochs2", "1", out=tmp_path / "lort") == 0
+    run, kept = result(tmp_path / "lort"), saved(tmp_path / "runs", "test_logits.pt")
+    before = common.report(kept["logits"], kept["labels"], kept["counts"])
+    assert run["rows"][0]["row"] == "stage 1" and run["rows"][0]["acc"] == before
+    rows = saved(tmp_path / "lort")["rows"]
+    w, b = rows["stage 1"].values()
+    changed = {row for row, linear in rows.items() if not torch.allclose(linear["weight"], w, atol=1e-5)}
+    assert changed | {"tau-norm"} == set(rows) - {"stage 1", "la"}  # the vectors of an ETF have norm 1 as it is
+    for row in ("lws", "tau-norm"):  # every class's vector has another length and no other direction
+        assert torch.allclose(F.normalize(rows[row]["weight"]), F.normalize(w), atol=1e-4)
+        assert torch.allclose(rows[row]["bias"], b, atol=1e-5)
+    counts, tau = torch.tensor(saved(tmp_path / "lort")["counts"]), run["metrics"]["la"]["s"]
+    assert torch.allclose(rows["la"]["bias"], b - tau * counts.log(), atol=1e-4)
+    assert (rows["cosine"]["bias"] == 0).all()
+    assert same({"weight": saved(tmp_path / "lort")["net"]["fc.weight"]}, {"weight": rows["lort"]["weight"]})
+
+
+def test_table_1_chooses_on_validation_images(call, tmp_path):
+    """Every choice has the recorded accuracy on them, and none of the row's other classifiers has more."""
+    assert call("lort", "--retrain", "all") == 0
+    run, kept = result(tmp_path / "runs"), saved(tmp_path / "runs")
+    data = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic", "--val-per-class", "10"]), torch.device("cpu"))
+    for row in kept["rows"]:
+        net, file = common.load_network(next(tmp_path.glob("runs/*/weights.pt")), row)
+        split = data.val._replace(mean=file["mean"], std=file["std"])
+        found = common.report(common.predict(net, split)[0], data.val.labels, data.counts)["all"]
+        assert row == "stage 1" or found == pytest.approx(run["metrics"][row]["val"], abs=0.6)  # rounding may turn one of 200
+    vanilla = common.report(common.predict(common.load_network(next(tmp_path.glob("runs/*/weights.pt")), "stage 1")[0], split)[0],
+                            data.val.labels, data.counts)["all"]
+    assert run["metrics"]["la"]["val"] >= vanilla and run["metrics"]["tau-norm"]["val"] >= vanilla  # tau = 0 is among theirs
+    strengths = {row["row"]: row["strength"] for row in run["rows"]}
+    assert {row for row, tau in strengths.items() if tau is not None} == {"tau-norm", "la"}
+
+
+def test_table_1_goes_on_after_a_kill(call, tmp_path, monkeypatch):
+    """Stopped in the second of three methods, of which the first was done and the second saved once."""
+    monkeypatch.setattr(importlib.import_module("lort"), "TRAINED", ("cosine", "re-sampling", "max-norm"))
+    assert call("lort", "--retrain", "all", out=tmp_path / "whole") == 0
+    monkeypatch.setattr(common, "SAVE_EVERY", 0.0)
+    real = common.Run.log
+
+    def log(run, losses):
+        real(run, losses)
+        if run.stage == "re-sampling" and run.epoch == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", log)
+        assert call("lort", "--retrain", "all") == 130
+    assert {path.name for path in tmp_path.glob("runs/*/*.ckpt")} == {"cosine.ckpt", "re-sampling.ckpt"}
+    assert call("lort", "--retrain", "all") == 0
+    a, b = result(tmp_path / "runs"), result(tmp_path / "whole")
+    assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"]
+    assert same(saved(tmp_path / "runs")["net"], saved(tmp_path / "whole")["net"])
+    log = [next((tmp_path / out).glob("*/log.jsonl")).read_text().splitlines() for out in ("runs", "whole")]
+    assert len(log[0]) == len(log[1]) == 15
+
+
+def test_table_1_needs_a_network_that_has_not_seen_the_validation_images(call, refused, tmp_path, wd):
+    refused("lort", "--retrain", "sgd", "--stage1", wd, words=["--retrain", "sgd"])
+    refused("lort", "--retrain", "all", "--stage1", wd, "--val-per-class", "20", words=["--val-per-class"])
+    assert call("lwr", *TINY) == 0
+    stage1, = tmp_path.glob("runs/*/weights.pt")
+    refused("lort", "--retrain", "all", "--stage1", stage1, words=["--val-per-class"], out=tmp_path / "new")
 
 
 def test_wb_goes_on_from_wd(call, refused, tmp_path):
@@ -506,23 +606,24 @@ def fake(tmp_path):
 
 
 def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
-    """22 runs a seed and imbalance factor."""
+    """23 runs a seed and imbalance factor."""
     trace = tmp_path / "trace"
     environment = fake | {"JOBS": "3", "SEEDS": "0\n1", "IMB": "100 50"}
     done = run_all("cifar100", BREAK="rbl-fixed", **environment)
     assert done.returncode == 1 and done.stderr.count("rbl.py --head fixed") == 4 and "broken on purpose" in done.stderr
-    assert len(trace.read_text().splitlines()) == 4 * 22 and done.stdout.count("finished:") == 4 * 21
+    assert len(trace.read_text().splitlines()) == 4 * 23 and done.stdout.count("finished:") == 4 * 22
+    assert trace.read_text().count("--retrain all") == 4
     assert "| rbl-rbl |" in done.stdout
     done = run_all("cifar100", **environment | {"METHODS": "lort\thinge_ce", "SEEDS": "7"})
     assert done.stdout.count("finished:") == 2 * 4 and done.returncode == 0
     trace.unlink()
     done = run_all("one-protocol", **environment | {"SEEDS": "0", "IMB": "100"})
     runs = trace.read_text().splitlines()
-    assert done.returncode == 0 and len(runs) == 22 and sum("--augment crop" in run for run in runs) == 3
+    assert done.returncode == 0 and len(runs) == 23 and sum("--augment crop" in run for run in runs) == 3
     protocol = "--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100"
     assert all(protocol in run for run in runs)
     done = run_all("cifar10", **environment | {"SEEDS": "0"})
-    assert done.stdout.count("finished:") == 22 + 21  # no cones at imbalance factor 50
+    assert done.stdout.count("finished:") == 23 + 22  # no cones at imbalance factor 50
 
 
 @pytest.mark.parametrize("words", ["cifar10", "cifar100", "one-protocol"])
@@ -541,14 +642,14 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), [], {})
     monkeypatch.setattr(common, "load_data", data)
     stage1 = {"val_per_class": 20, "epochs": 200, "batch_size": 64, "lr": 0.01, "weight_decay": 5e-3}
-    monkeypatch.setattr(common, "load_stage1", lambda path, data, wanted: (torch.nn.Linear(1, 1), data, stage1))
+    monkeypatch.setattr(common, "load_stage1", lambda args, data, *names, **others: (torch.nn.Linear(1, 1), data, stage1))
     monkeypatch.setattr(common.Run, "begin", begin)
     run_all(words, **fake, SEEDS="0")
     for number, line in enumerate((tmp_path / "trace").read_text().splitlines()):
         script, *flags = line.split()
         with pytest.raises(Begins):
             importlib.import_module(Path(script).stem).main([*flags, "--out", str(tmp_path / str(number))])
-    assert number == 21
+    assert number == 22
 
 
 def test_a_stopped_run_all_leaves_no_run_behind(fake, tmp_path):
