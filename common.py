@@ -1,12 +1,13 @@
 """What the scripts in methods/ share, so that their numbers can be compared. First what decides a number: the
 data, the batches, the networks, the scores. Then what does not: flags, steps on a GPU, how a run is kept, the
-table. Last, your own images and the large sets. No method and no training loop is in here.
+table. Last, your own images and the large sets. No training loop is in here, and of the methods only what two
+of them share.
 
     python common.py RUNS                      the table of the finished runs in a folder, or in a .jsonl file
     python common.py classes RUN               the accuracy of every class in a finished run
     python common.py predict RUN ROW IMAGE...  what a trained network sees in images, by a row of its table
 
-A run is a folder, OUT/METHOD-VARIANT-DATASET-ifFACTOR-seedSEED:
+A run is a folder, such as runs/lort-lort-cifar100-if100-seed0 ("natural" in place of if100: all images):
 
     <stage>.ckpt       while it is at work: what the same command needs to go on, bit for bit
     log.jsonl          one line per epoch
@@ -16,6 +17,7 @@ A run is a folder, OUT/METHOD-VARIANT-DATASET-ifFACTOR-seedSEED:
 """
 import argparse
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -38,6 +40,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
+
+RANK = int(os.environ.get("RANK", 0))         # torchrun sets these: which of the processes this is,
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 
 # ------------------------------------------------------------ 1 data
 
@@ -90,15 +95,9 @@ def shuffled_classes(labels, num_classes, seed):
     return shuffled
 
 
-def long_tail_indices(labels, counts, seed=0):
-    """The field's standard subset: the first counts[c] images of each shuffled class. Returns (sum(counts),)
-    int64. Raises ValueError where a class has too few images."""
-    kept = []
-    for c, index in enumerate(shuffled_classes(labels, len(counts), seed)):
-        if counts[c] > len(index):
-            raise ValueError(f"class {c} has {len(index)} images, not {counts[c]}")
-        kept.append(index[:counts[c]])
-    return np.concatenate(kept).astype(np.int64)
+def first_of_each(shuffled, counts):
+    """The indices of the first counts[c] images of each shuffled class; so the field draws its subset."""
+    return np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
 
 
 def cifar(name, root):
@@ -162,10 +161,12 @@ def long_tail(parts, args):
     counts = np.bincount(labels).tolist()
     if args.imb_factor != "natural":
         counts = exp_counts(max(counts), len(counts), args.imb_factor)
-    try:
-        subset = long_tail_indices(labels, counts, args.subset_seed)
-    except ValueError as error:
-        fail(f"--imb-factor {args.imb_factor}: {error}; try --imb-factor natural")
+    shuffled = shuffled_classes(labels, len(counts), args.subset_seed)
+    for c, index in enumerate(shuffled):
+        if len(index) < counts[c]:
+            fail(f"--imb-factor {args.imb_factor}: class {c} has {len(index)} images, not {counts[c]}; try "
+                 "--imb-factor natural")
+    subset = first_of_each(shuffled, counts)
     sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
     if args.subset_seed == 0 and sha256 != standard:
@@ -175,14 +176,13 @@ def long_tail(parts, args):
     n_val = args.val_per_class
     if n_val and "val" in parts:
         fail(f"--val-per-class {n_val}: {args.dataset} has validation images of its own")
-    shuffled = shuffled_classes(labels, len(counts), args.subset_seed)
     counts = [min(n, len(index) - n_val) for n, index in zip(counts, shuffled)]
     if min(counts) < 1:
         fail(f"class {np.argmin(counts)} would have no training image: lower --imb-factor or --val-per-class")
     if n_val:
         held_out = np.concatenate([index[n:n + n_val] for n, index in zip(counts, shuffled)])
         parts = parts | {"val": (images[held_out], labels[held_out])}
-    train = np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
+    train = first_of_each(shuffled, counts)
     parts = parts | {"train": (images[train], labels[train])}
     subset = {"total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}
     return parts, counts, subset
@@ -266,7 +266,7 @@ def batches(split, batch_size, generator, augment=crop_flip):
     """
     order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
     order = order[:len(order) // WORLD * WORLD]
-    if batch_size > WORLD and len(order) % batch_size == WORLD:
+    if batch_size > WORLD and len(order) % batch_size == WORLD:  # one image for each rank is left over
         order = order[:-WORLD]
     if split.sizes is not None:
         yield from photograph_batches(split, order, batch_size, generator)
@@ -287,7 +287,7 @@ def take(split, index):
     return split.images[index]
 
 
-# ------------------------------------------------------------ 3 networks
+# ------------------------------------------------------------ 3 networks, and what two methods share
 
 
 class Block(nn.Module):
@@ -370,15 +370,42 @@ for name in ("resnet50", "resnext50_32x4d", "resnet152"):
 
 
 def simplex_etf(num_classes, dim, generator):
-    """(num_classes, dim): rows of unit norm with pairwise cosine -1/(K-1), sqrt(K/(K-1)) (I - 11^T/K) U^T for
-    a uniformly random U (dim, K) with orthonormal columns. Raises ValueError where dim < num_classes."""
+    """(K, dim): rows of unit norm with pairwise cosine -1/(K-1), sqrt(K/(K-1)) (I - 11^T/K) U^T for a
+    uniformly random U (dim, K) with orthonormal columns; K = num_classes."""
     if not 2 <= num_classes <= dim:
-        raise ValueError(f"a simplex ETF needs two classes, and as many dimensions: not {num_classes}, {dim}")
+        fail(f"a simplex ETF of {num_classes} classes needs as many dimensions, not {dim}: choose a wider "
+             "--backbone or --width")
     gauss = torch.randn(dim, num_classes, generator=generator, device=generator.device, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)
     u = q * r.diagonal().sign()                                                 # (dim, K)
     centred = torch.eye(num_classes).to(q) - 1 / num_classes                    # (K, K)
     return (math.sqrt(num_classes / (num_classes - 1)) * centred @ u.T).float()
+
+
+def class_balanced_weights(counts, beta):
+    """(K,) weights proportional to v_k = (1 - beta) / (1 - beta^n_k), with mean 1 (Cui et al. 2019). counts:
+    the K n_k."""
+    n = torch.as_tensor(counts, dtype=torch.float64)
+    v = (1 - beta) / (1 - beta ** n)
+    return (v / v.mean()).float()
+
+
+def log_one_minus_softmax(logits):
+    """log(1 - p_j), p = softmax(logits), (B, K), exact where p_j is nearly 1 too: that can only be the
+    largest one, whose 1 - p_j is the sum of the others."""
+    total = logits.logsumexp(1, keepdim=True)                                   # (B, 1)
+    rest = torch.log1p(-(logits - total).clamp(max=-0.5).exp())                 # right where p_j <= 1/2
+    largest = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
+    return rest.scatter(1, largest, others - total)
+
+
+def class_balanced_bce(logits, labels, weights):
+    """WB's loss: the mean over i, j of c_y BCE(p_ij, [j = y]), p = softmax(logits). logits (B, K), labels y
+    (B,), weights c (K,)."""
+    own = F.one_hot(labels, logits.shape[1]).bool()                             # (B, K)
+    bce = -torch.where(own, logits.log_softmax(1), log_one_minus_softmax(logits))
+    return (weights[labels][:, None] * bce).mean()
 
 
 # ------------------------------------------------------------ 4 evaluation
@@ -410,16 +437,6 @@ def features(net, split, mirrored=False):
         feat[RANK::WORLD] = shares
         torch.distributed.all_reduce(feat)
     return feat
-
-
-@torch.no_grad()
-def predict(net, split, flip=False):
-    """Logits (N, C) and features (N, D) of the plain images; with flip their means over an image and its
-    mirror image (every fc here is an affine map, so the logits of the mean feature are the mean logits)."""
-    feat = features(net, split)
-    if flip:
-        feat = (feat + features(net, split, mirrored=True)) / 2
-    return net.fc(feat), feat
 
 
 def shot_groups(counts):
@@ -541,29 +558,34 @@ def parse(parser, argv, recipe, changes):
     args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
     ours. listed_images(), lwr and lort may lower it.
     """
-    recipe = {"subset_seed": 0, "val_per_class": 0, "image_size": None} | recipe
+    held = {"subset_seed": 0, "val_per_class": 0, "image_size": None}  # no number of a paper beside others
+    recipe = held | recipe
     parser.set_defaults(**recipe)  # for --help
     first = parser.parse_args(argv)
-    small = first.dataset in ("synthetic", *FINGERPRINTS)
+    built_in = first.dataset in ("synthetic", *FINGERPRINTS)
     if first.dataset in LISTS and first.dataset not in changes and first.backbone == recipe["backbone"]:
         fail(f"there is no recipe for {first.dataset} here: give --backbone, and look at the other flags")
     recipe |= changes.get(getattr(first, "variant", None), {})
     recipe |= changes.get(first.dataset if first.dataset in DATASETS else "own", {})
     parser.set_defaults(**recipe)
-    if not small:
+    if not built_in:
         parser.set_defaults(imb_factor="natural")
     args = parser.parse_args(argv)
-    if small and args.image_size:
+    if built_in and args.image_size:
         fail(f"--image-size is for photographs, not for {args.dataset}")
     args.published = all(getattr(args, flag) == value for flag, value in recipe.items())
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     return args
 
 
-# ------------------------------------------------------------ 6 steps, on a GPU and on several
+def refuse_without_effect(parser, args, situation, *names):
+    """Refuse flags that were set though they change nothing there: an ablation of them would be none."""
+    for name in names:
+        if vars(args)[name] != parser.get_default(name):
+            fail(f"--{name.replace('_', '-')} has no effect with {situation}")
 
-RANK = int(os.environ.get("RANK", 0))         # torchrun sets these
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+# ------------------------------------------------------------ 6 steps, on a GPU and on several
 
 
 def average(tensors):
@@ -724,13 +746,17 @@ def load_network(path, row=None):
     return net.eval(), saved
 
 
-def load_stage1(args, data, *names, **others):
+def load_stage1(args, data, **others):
     """(net, data, flags) to go on from the weights.pt of --stage1: data normalised as that network was
-    trained, and the flags of that run. Refused where flags differ there: of these names those in args, and
-    others."""
+    trained, and the flags of that run. Refused if its data, network or other flags are not the wanted
+    ones."""
     net, saved = load_network(args.stage1)
-    wanted = {name: vars(args)[name] for name in names} | others
-    same_flags(args.stage1, saved["flags"], wanted)
+    if saved["stage"] not in ("train", "stage1"):
+        fail(f"{args.stage1} has a retrained classifier: give the network before that, stage1.pt of a lort "
+             "run, or weights.pt of a wd run")
+    same = ("dataset", "imb_factor", "subset_seed", "image_size", "cache_size", "backbone")
+    wanted = {name: vars(args)[name] for name in same}
+    same_flags(args.stage1, saved["flags"], wanted | others)
     if saved["content"] != data.subset["content"]:
         fail(f"{args.stage1} was trained on other images: the data have changed")
     return net, normalised_as(data, saved["mean"], saved["std"]), saved["flags"]
@@ -786,7 +812,7 @@ class Run:
         self._join_ranks()
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
-        self.history, self.best_test = [], None
+        self.stage, self.history, self.best_test = "stage1", [], None
         self.rows, self.logits, self.classifiers = [], {}, {}
 
     def _join_ranks(self):
@@ -973,8 +999,9 @@ class Run:
         self.best_test = max(self.best_test or 0.0, accuracy)
         self.history[-1] |= extra
 
-    def see_test_set(self, net):
-        """Pass the test images and their mirror images through the network, for score() and finish()."""
+    def compute_test_features(self, net):
+        """Of the test images and their mirror images, for score() and finish(). Every fc here is an affine
+        map, so the logits of a mean feature are the mean logits."""
         self.feat = features(net, self.data.test)                               # (N, D)
         mirrored = features(net, self.data.test, mirrored=True)
         self.feat_flip = (self.feat + mirrored) / 2
@@ -1001,13 +1028,15 @@ class Run:
         self.classifiers[row] = as_linear(classifier, self.feat.shape[1], self.device)
 
     def save_weights(self, path, net, flags):
-        """What a network needs to be used. linear: the backbone with an nn.Linear as fc, for load_network();
-        rows: the nn.Linear of each row of the table; view, size, mean, std: how images are shown to it."""
+        """What a network needs to be used. stage: the last in which it was trained; linear: the backbone with
+        an nn.Linear as fc, for load_network(); rows: the nn.Linear of each row of the table; view, size,
+        mean, std: how images are shown to it."""
         data, test = self.data, self.data.test
         fc = as_linear(net.fc, self.feat.shape[1], self.device)
         linear = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
         linear |= {"fc.weight": fc.weight.detach(), "fc.bias": fc.bias.detach()}
         save(path, {
+            "stage": self.stage,
             "net": net.state_dict(),
             "linear": linear,
             "rows": {row: classifier.state_dict() for row, classifier in self.classifiers.items()},
@@ -1070,6 +1099,8 @@ class Run:
         for name, value in result["metrics"].items():
             print(f"  {name}: {value}")
         print(table([result]))
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------ 8 results
@@ -1091,7 +1122,7 @@ def load_results(path):
     return results
 
 
-def mean_std(values):
+def plus_minus(values):
     """Mean ± standard deviation (n - 1) as text; None is left out."""
     values = [value for value in values if value is not None]
     if not values:
@@ -1113,21 +1144,22 @@ def table(results):
     """Markdown, a table for each data set. A line is the mean ± standard deviation of runs that differ in
     nothing but the seed."""
     columns = ["method", "row", "paper", "ours", "many / medium / few", "flip", "seeds", "time", "command"]
-    sets = {}  # data set -> what the runs of a line have in common -> seed -> (result, row)
+    sets = {}  # data set -> what the runs of a line have in common -> the run -> (result, row)
     for result in results:
         factor = result["imb_factor"]
         imbalance = factor if factor == "natural" else f"factor {factor:g}"
         lines = sets.setdefault(f"{result['dataset']}, imbalance: {imbalance}", {})
         for row in result["rows"]:
             line = result["method"], row["row"], all_but_seed(result)
-            lines.setdefault(line, {})[result["seed"]] = result, row
+            run = result["seed"], result["flags"].get("stage1_sha256")
+            lines.setdefault(line, {})[run] = result, row
 
     text, sources = [], []
     for title, lines in sets.items():
         text += ["", title, "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-        for (method, name, _), seeds in lines.items():
-            runs = [result for result, _ in seeds.values()]
-            rows = [row for _, row in seeds.values()]
+        for (method, name, _), runs_and_rows in lines.items():
+            runs = [result for result, _ in runs_and_rows.values()]
+            rows = [row for _, row in runs_and_rows.values()]
             paper = rows[0]["paper"]
             reference = "-"
             if paper:
@@ -1135,7 +1167,7 @@ def table(results):
                     sources.append(paper["source"])
                 footnote = sources.index(paper["source"]) + 1
                 reference = f"{paper['all']} {paper['reading']}".strip() + f" [{footnote}]"
-            scores = {group: mean_std([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
+            scores = {group: plus_minus([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
             hours = np.mean([run["seconds"] for run in runs]) / 3600
             cells = [
                 method,
@@ -1143,8 +1175,8 @@ def table(results):
                 reference,
                 scores["all"],
                 "{many} / {medium} / {few}".format(**scores),
-                mean_std([row["acc_flip"]["all"] for row in rows]),
-                " ".join(map(str, seeds)),
+                plus_minus([row["acc_flip"]["all"] for row in rows]),
+                " ".join(str(run["seed"]) for run in runs),
                 f"{hours:.2g} h, {runs[0]['device']}",
                 f"`{re.sub(NOT_IN_TABLE, '', runs[0]['command'])}`"]
             text.append("| " + " | ".join(cells) + " |")
@@ -1164,7 +1196,7 @@ def classify(net, saved, paths):
             fail(f"{path}: {error}")
     images = torch.from_numpy(np.stack(images))
     split = Split(images, torch.zeros(len(images)), saved["mean"], saved["std"])
-    return predict(net, split)[0].softmax(1)
+    return net.fc(features(net, split)).softmax(1)
 
 
 def print_predictions(run, row, paths):
@@ -1212,7 +1244,7 @@ LISTS = {
                     (0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
 
 
-PARTS = {"train": ("train",), "test": ("test",), "val": ("val", "validation")}
+PARTS = {"train": ("train",), "test": ("test",), "val": ("val", "valid", "validation")}
 
 
 def read_list(path, root):
@@ -1233,7 +1265,8 @@ def image_files(folder, part, root):
     from PIL import Image
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in entries if path.is_dir() and path.name.lower() in PARTS[part]]
-    lists = [path for path in entries if path.name.lower().endswith(f"{part}.txt")]
+    endings = tuple(f"{name}.txt" for name in PARTS[part])
+    lists = [path for path in entries if path.name.lower().endswith(endings)]
     if part == "val" and not folders + lists:
         return []
     if len(folders + lists) != 1:
@@ -1243,12 +1276,13 @@ def image_files(folder, part, root):
     if lists:
         return read_list(lists[0], root)
     files, others = [], []
-    for path in sorted(folders[0].rglob("*")):
-        names = path.relative_to(folders[0]).parts
-        if path.is_dir() or len(names) == 1 or any(name.startswith(".") for name in names):
+    for name in sorted(glob.glob("*/**/*", root_dir=folders[0], recursive=True)):  # follows links, skips dots
+        path = folders[0] / name
+        if path.is_dir():
             continue
         known = path.suffix.lower() in Image.registered_extensions()
-        (files if known else others).append((path, names[0]))
+        kind = files if known else others
+        kind.append((path, Path(name).parts[0]))
     if others:
         print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
     return files
@@ -1363,7 +1397,7 @@ def names_and_lengths(paths, args):
 
 def decode(file, paths, kind, side, own):
     """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
-    original and a digest of each square. What cannot be read is named together."""
+    original and a digest of its pixels. What cannot be read is named together."""
     os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
 
     def read(k):
@@ -1373,7 +1407,7 @@ def decode(file, paths, kind, side, own):
         except ValueError as error:
             return None, f"{paths[k]}: {error}"
         os.pwrite(file.fileno(), pixels.tobytes(), k * pixels.nbytes)
-        return image.size, hashlib.sha256(pixels).hexdigest()[:16]
+        return image.size, hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
     done = thread_map(read, range(len(paths)), desc="reading", disable=None)
     errors = [text for size, text in done if size is None]
@@ -1387,8 +1421,11 @@ def decoded(paths, kind, side, args):
     """(ImageFile, sizes, digests): decode() into a file in .cache, unless that was done before."""
     own = args.dataset not in LISTS
     folder = Path(args.data_root or (args.dataset if own else "data"), ".cache")
-    name = hashlib.sha256(f"{kind} {side} ".encode() + names_and_lengths(paths, args)).hexdigest()[:16]
-    pixels, index = folder / f"{name}.pixels", folder / f"{name}.json"
+    times = [path.stat().st_mtime_ns for path in paths if own and path.exists()]
+    key = f"{kind} {side} {times}".encode() + names_and_lengths(paths, args)
+    name = hashlib.sha256(key).hexdigest()[:16]
+    pixels = folder / f"{name}.pixels"
+    index = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock(folder)  # one process decodes, the others wait
     try:

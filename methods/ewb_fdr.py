@@ -6,8 +6,8 @@ classifier. So one stage does: weight decay, small features and a fixed simplex 
 adjustment.
 
     z_k = <w_k, f(x)> + b_k,  pi_k = n_k / N
-    CE, CB          cross-entropy; the mean of c_y times it,
-                    c_k = K v_k / sum_j v_j,  v_k = (1 - beta) / (1 - beta^n_k)
+    CE              mean_i -log p_{i, y_i},  p = softmax(z)
+    CB              mean_i c_{y_i} (-log p_{i, y_i}),  c_k proportional to (1 - beta) / (1 - beta^n_k), mean 1
     WD              + lambda/2 |theta|^2, all parameters (the optimizer's weight decay)
     ETF             w_k fixed to a simplex ETF, b learned
     FR              + zeta/2 mean_i |f(x_i)|^2
@@ -32,7 +32,7 @@ HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB). Depar
   round(480 IF^(-c/99)), 10,457 images, beside such validation images.
 - --cb-loss: WB's code takes the binary cross-entropies of the softmax, averaged over the K classes ("bce"),
   and EWB's the weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the
-  first, cb to the second.
+  first, cb to the second. Our bce is exact where p rounds to 1; there WB's code has no gradient.
 - Where WB's text and code differ: ResNet-34 as in the code (text: 32), MaxNorm once an epoch as in the code
   (text: after every batch), 200 epochs for ce, wd and wb as in the text (code: 320, as EWB's). CIFAR-10 too
   has WB's mean and deviation and the field's shot groups. For it EWB's text has 0.02 for a lost symbol,
@@ -59,30 +59,11 @@ import common
 # ---- the method
 
 
-def class_balanced_weights(counts, beta):
-    """(K,) weights proportional to (1 - beta) / (1 - beta^n_k), with mean 1 (Cui et al. 2019). counts: K
-    ints."""
-    effective = 1 - beta ** torch.tensor(counts, dtype=torch.float64)
-    return (len(counts) / effective / (1 / effective).sum()).float()
-
-
-def log_one_minus_softmax(logits):
-    """log(1 - p_j), p = softmax(logits), (B, K), exact where p_j is nearly 1 too: that can only be the
-    largest one."""
-    total = logits.logsumexp(1, keepdim=True)                                   # (B, 1)
-    rest = torch.log1p(-(logits - total).clamp(max=-0.5).exp())                 # right where p_j <= 1/2
-    largest = logits.argmax(1, keepdim=True)
-    others = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
-    return rest.scatter(1, largest, others - total)
-
-
 def class_balanced_loss(logits, labels, weights, form):
     """Both published forms; logits (B, K), labels (B,), weights (K,)."""
-    if form == "ce":                                                          # EWB: mean_i c_y CE_i
-        return (weights[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()
-    own = F.one_hot(labels, logits.shape[1]).bool()                             # (B, K)
-    bce = -torch.where(own, logits.log_softmax(1), log_one_minus_softmax(logits))
-    return (weights[labels][:, None] * bce).mean()  # WB: mean_ij c_y BCE(p_ij, [j = y])
+    if form == "bce":                                                           # WB
+        return common.class_balanced_bce(logits, labels, weights)
+    return (weights[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()       # EWB
 
 
 def feature_regularization(feat):
@@ -208,10 +189,12 @@ def parse_args(argv):
     add("--lr2", type=common.POSITIVE, help="its peak learning rate")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="its weight decay")
     args = common.parse(parser, argv, RECIPE, CHANGES)
-    if args.stage1 and args.variant != "wb":
-        common.fail(f"--stage1 has no effect with --variant {args.variant}")
-    if args.cb_loss and args.variant not in ("cb", "wb"):
-        common.fail(f"--cb-loss has no effect with --variant {args.variant}")
+    unused = () if args.variant == "wb" else ("stage1", "epochs2", "lr2", "weight_decay2")
+    if args.variant not in ("cb", "wb"):
+        unused += ("cb_loss", "beta")
+    if args.variant != "fr-etf":
+        unused += ("zeta",)
+    common.refuse_without_effect(parser, args, f"--variant {args.variant}", *unused)
     decay = {"synthetic": 1e-3, "imagenet-lt": 5e-4, "inat18": 1e-4}.get(args.dataset, 5e-3)  # codes: 5e-3
     if args.variant in ("ce", "cb"):
         decay = 0.0
@@ -234,23 +217,20 @@ def main(argv=None):
         common.fail("gamma is chosen on validation images: give --val-per-class, or a val set")
     net = common.BACKBONES[args.backbone](len(data.counts))
     if args.variant in ("etf", "fr-etf"):
-        num_classes, dim = len(data.counts), net.fc.in_features
-        if dim < num_classes:
-            common.fail(f"--backbone {args.backbone}: {dim} features are too few for an ETF of {num_classes}")
-        etf = common.simplex_etf(num_classes, dim, torch.Generator().manual_seed(args.seed))
+        dim = net.fc.in_features
+        etf = common.simplex_etf(len(data.counts), dim, torch.Generator().manual_seed(args.seed))
         net.fc.weight = torch.nn.Parameter(etf, requires_grad=False)            # the bias stays learned, and
         torch.nn.init.uniform_(net.fc.bias, -1 / dim, 1 / dim)  # starts as in the authors' code
     if args.stage1:
-        same = ("dataset", "imb_factor", "subset_seed", "val_per_class", "seed", "epochs", "batch_size",
-                "lr", "weight_decay", "backbone")
-        net, data, _ = common.load_stage1(args, data, *same, variant="wd")
+        recipe = ("val_per_class", "seed", "epochs", "batch_size", "lr", "weight_decay")
+        wanted = {name: vars(args)[name] for name in recipe}
+        net, data, _ = common.load_stage1(args, data, variant="wd", **wanted)
     net.to(run.device, memory_format=torch.channels_last)
-    weights = class_balanced_weights(data.counts, args.beta).to(run.device)     # (K,)
+    weights = common.class_balanced_weights(data.counts, args.beta).to(run.device)     # (K,)
     run.begin(data, net)
 
     # the one stage; of wb the first
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, torch.tensor(args.lr, device=run.device), momentum=0.9,
+    optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
 
     def step(x, labels):
@@ -278,7 +258,7 @@ def main(argv=None):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.eval_due():
-                run.keep_best(common.predict(net, data.test)[0])
+                run.keep_best(net.fc(common.features(net, data.test)))
 
     if args.variant == "wb":  # stage 2: the classifier alone, balanced
         net.requires_grad_(False)
@@ -306,11 +286,11 @@ def main(argv=None):
             run.log(losses)
             max_norm_(net.fc.weight, delta)
             if run.eval_due():
-                run.keep_best(common.predict(net, data.test)[0])
+                run.keep_best(net.fc(common.features(net, data.test)))
 
     # the network, adjusted additively, adjusted multiplicatively
     net.requires_grad_(False)
-    run.see_test_set(net)
+    run.compute_test_features(net)
     run.score(variant, net.fc, run.best_test)
     if data.val:  # iNaturalist 2018 has none
         val = common.features(net, data.val)                                    # (N, D)

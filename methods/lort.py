@@ -14,8 +14,7 @@ logits then become small and equally large over the classes, without knowing how
 
 To reproduce: CIFAR-100-LT, IF 100, ResNet-34: LORT 54.9 (best of five runs, best test epoch, flip
 averaging); stage 1 48.4, which is WB's network of 320 epochs; LORT's text, and ours, have 200.
---retrain all: Table 1, eleven other classifiers on the same features. Their rates and constants are not
-published: they are chosen from a small grid on validation images.
+--retrain all: Table 1, eleven other classifiers; their rates and constants are chosen on validation images.
 
 Code read: bilibili/LOS. Departures:
 - Stage 2 too starts from the last epoch; in the authors' code from the best on the test set.
@@ -61,7 +60,7 @@ def regularized_std(logits, labels):
 
 class Classifier(nn.Module):
     """w (K, D) and b (K,) of stage 1, a method of Table 1 and its constant s. forward: the z (B, K) that are
-    tested."""
+    tested. cosine is trained on f / |f|, but tested on f, which changes no decision and keeps z affine."""
 
     def __init__(self, fc, method, s=None, rate=0.0, decay=0.0):
         super().__init__()
@@ -72,7 +71,7 @@ class Classifier(nn.Module):
 
     def forward(self, f, n):
         w, b, s = self.w, self.b, self.s
-        if self.method == "cosine":    # s w_i.f / (|w_i| |f|), where |f| changes no decision
+        if self.method == "cosine":    # s w_i.f / (|w_i| |f|)
             w = F.normalize(w)
             return s * F.linear(f, w)
         if self.method == "tau-norm":  # w_i / |w_i|^tau, after training
@@ -86,16 +85,12 @@ def table_1_loss(classifier, f, y, n):
     """The mean of -r(y) log softmax(z)_y (eq. 1); y (B,)."""
     method, s = classifier.method, classifier.s
     z = classifier(F.normalize(f) if method == "cosine" else f, n)              # (B, K)
-    own = F.one_hot(y, len(n)).to(z)
     if method == "lort":
         return lort_loss(z, y, s)
-    if method == "cb":  # r = (1 - beta) / (1 - beta^n_y), with mean 1 over the classes; WB's mean_j BCE(p_j)
-        r = 1 / (1 - s ** n.double())                                           # (K,)
-        r = r / r.mean()
-        r = r.to(z)
-        bce = F.binary_cross_entropy(z.softmax(1), own, reduction="none")       # (B, K)
-        return (r[y] * bce.mean(1)).mean()
+    if method == "cb":     # r = (1 - beta) / (1 - beta^n_y), with mean 1 over the classes; WB's BCE
+        return common.class_balanced_bce(z, y, common.class_balanced_weights(n, s).to(z))
     if method == "ldam":   # z_y - C / n_y^(1/4), the largest margin is s
+        own = F.one_hot(y, len(n)).to(z)                                        # (B, K)
         z = z - own * s * (n.min() / n) ** 0.25
     if method == "bs":     # z_i + log n_i
         z = z + n.log()
@@ -119,6 +114,7 @@ TABLE_1 = {"stage 1": 48.44, "tau-norm": 53.01, "la": 52.45, "cosine": 51.66, "l
            "bs": 52.23, "re-sampling": 48.44, "focal": 50.94, "cb": 54.30, "max-norm": 51.64}
 SOURCE = READING, "LORT, Table 1, on the features of WB"
 PAPER |= {row: (*SOURCE, {"cifar100": {100: percent}}) for row, percent in TABLE_1.items()}
+STAGE_1 = ("epochs", "lr", "weight_decay")
 TRAINED = ("cosine", "lws", "ldam", "bs", "re-sampling", "focal", "cb", "max-norm", "lort")
 CONSTANTS = {"cosine": (1, 16), "ldam": (0.5, 2, 8), "focal": (1, 2), "cb": (0.9999,)}  # s to choose from
 RATES = ((0.01, 0), (0.01, 5e-3), (0.01, 0.1), (0.1, 0), (0.1, 5e-3))  # rates and decays; (0.01, 0.1): WB
@@ -141,6 +137,10 @@ def parse_args(argv):
     add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own, or He et al.'s")
     add("--bn", choices=["train", "eval"], help="normalisation in stage 2: moving on, or frozen")
     args = common.parse(parser, argv, RECIPE, CHANGES)
+    if args.stage1:
+        for name in STAGE_1:  # its file has what it was trained with; what is asked for must be there
+            if vars(args)[name] == parser.get_default(name):
+                setattr(args, name, None)
     if args.retrain and not args.val_per_class:  # as ewb_fdr.py
         args.val_per_class = {"synthetic": 10, "cifar10": 20, "cifar100": 20}.get(args.dataset, 0)
     return args
@@ -149,9 +149,9 @@ def parse_args(argv):
 def retrain(run, args, method, candidates, feat, labels, n):
     """Train classifiers on the same batches. feat (2N, D), labels (2N,): of N images and of their mirrors."""
     groups = []
-    for z in candidates:  # its rate times loss and decay, at a rate of 1, is its own rate
-        decay = z.rate * z.decay
-        groups.append({"params": list(z.parameters()), "weight_decay": decay})
+    for candidate in candidates:  # one optimizer of rate 1: loss and decay of each are times its own rate
+        decay = candidate.rate * candidate.decay
+        groups.append({"params": list(candidate.parameters()), "weight_decay": decay})
     optimizer = torch.optim.SGD(groups, torch.tensor(1.0, device=run.device), momentum=0.9, fused=True)
     low, high = candidates[0].w.detach().norm(dim=1).aminmax()
     delta = low + 0.1 * (high - low)  # of max-norm, as in WB's code
@@ -163,7 +163,7 @@ def retrain(run, args, method, candidates, feat, labels, n):
             chance = 1 / n[labels].cpu()
             order = torch.multinomial(chance, len(labels), True, generator=generator)
         losses = []
-        for index in order[:len(labels) // 2].split(args.batch_size):
+        for index in order[:len(labels) // 2].split(args.batch_size):           # as many as there are images
             f, y = feat[index], labels[index]
             loss = sum(z.rate * table_1_loss(z, f, y, n) for z in candidates)
             optimizer.zero_grad()
@@ -172,11 +172,11 @@ def retrain(run, args, method, candidates, feat, labels, n):
             losses.append(loss.detach())
         run.log(losses)
         if method == "max-norm":  # |w_i| <= delta, projected once an epoch
-            for z in candidates:
-                z.w.data.renorm_(2, 0, delta.item())
+            for candidate in candidates:
+                candidate.w.data.renorm_(2, 0, delta.item())
 
 
-def table_1(run, args, net, data, flags1):
+def table_1(run, args, net, data, stage1_flags):
     """Score the classifiers of all methods on the features of stage 1."""
     n = torch.tensor(data.counts, device=run.device).float()
     feat = [common.features(net, data.train), common.features(net, data.train, mirrored=True)]
@@ -185,7 +185,7 @@ def table_1(run, args, net, data, flags1):
     val = common.features(net, data.val)
     rates = ((args.lr2, args.weight_decay2), *RATES)
     constants = CONSTANTS | {"lort": (args.delta,)}
-    metrics = {"stage 1 was trained with": flags1, "rates and decays": rates, "constants": constants}
+    metrics = {"stage 1 was trained with": stage1_flags, "rates and decays": rates, "constants": constants}
     for method in ("tau-norm", "la", *TRAINED):
         candidates = nn.ModuleList()
         if method in TRAINED:
@@ -195,12 +195,12 @@ def table_1(run, args, net, data, flags1):
         else:  # after training; tau is one of 0, 0.05, ... 3
             candidates.extend(Classifier(net.fc, method, k / 20) for k in range(61))
         scores = []
-        for z in candidates:
-            scores.append(common.report(z(val, n), data.val.labels, data.counts)["all"])
+        for candidate in candidates:
+            scores.append(common.report(candidate(val, n), data.val.labels, data.counts)["all"])
         best = candidates[scores.index(max(scores))]
-        run.score(method, lambda f: best(f, n), strength=None if best.rate else best.s)
+        run.score(method, lambda f: best(f, n), strength=None if method in TRAINED else best.s)
         metrics[method] = {"rate": best.rate, "decay": best.decay, "s": best.s, "val": max(scores)}
-    net.fc = run.classifiers[method]
+    net.fc = run.classifiers[method]                                            # lort
     run.finish(net, **metrics)
 
 
@@ -214,14 +214,13 @@ def main(argv=None):
     for module in net.modules():
         if args.init == "torch" and isinstance(module, nn.Conv2d):
             module.reset_parameters()
-    flags1 = run.flags
+    stage1_flags = run.flags
     if args.stage1:
-        same = ("dataset", "imb_factor", "subset_seed", "backbone")
-        net, data, flags1 = common.load_stage1(args, data, *same)
-        if flags1["val_per_class"] < args.val_per_class:
+        wanted = {name: vars(args)[name] for name in STAGE_1 if vars(args)[name] is not None}
+        net, data, stage1_flags = common.load_stage1(args, data, **wanted)
+        if stage1_flags["val_per_class"] < args.val_per_class:
             common.fail(f"--stage1 has seen images of --val-per-class {args.val_per_class}: train it so too")
-        recipe = ("epochs", "batch_size", "lr", "weight_decay")
-        args.published &= all(flags1[flag] == RECIPE[flag] for flag in recipe)
+        args.published &= all(stage1_flags[name] == RECIPE[name] for name in ("batch_size", *STAGE_1))
     net.to(run.device, memory_format=torch.channels_last)
     run.begin(data, net)
 
@@ -247,26 +246,26 @@ def main(argv=None):
                 losses.append(step(x, labels))
             run.log(losses)
             if run.eval_due():
-                run.keep_best(common.predict(net, data.test)[0])
+                run.keep_best(net.fc(common.features(net, data.test)))
 
     # stage 1: the whole network, by cross-entropy
     if not args.stage1:
         net.train()
         train("stage1", args.epochs, args.lr, args.weight_decay, delta=0.0)
-    run.see_test_set(net)
+    run.compute_test_features(net)
     run.score("stage 1", net.fc, run.best_test)
-    run.save_weights(run.folder / "stage1.pt", net, flags1)
+    run.save_weights(run.folder / "stage1.pt", net, stage1_flags)
     if args.retrain:
-        return table_1(run, args, net, data, flags1)
+        return table_1(run, args, net, data, stage1_flags)
 
     # stage 2: the classifier alone, towards nearly uniform targets
     net.requires_grad_(False)
     net.fc.requires_grad_(True)
     net.train(args.bn == "train")
     train("stage2", args.epochs2, args.lr2, args.weight_decay2, args.delta)
-    run.see_test_set(net)
+    run.compute_test_features(net)
     run.score("lort", net.fc, run.best_test)
-    metrics = {"stage 1 was trained with": flags1} if args.stage1 else {}
+    metrics = {"stage 1 was trained with": stage1_flags} if args.stage1 else {}
     for stage, logits in run.logits.items():
         magnitude = logits_magnitude(logits, data.test.labels.cpu())
         deviation = regularized_std(logits, data.test.labels.cpu())

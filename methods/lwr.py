@@ -95,20 +95,14 @@ def base_loss(logits, labels, log_counts, weights, base, gamma):
         return F.cross_entropy(logits, labels, weights)
     loss = F.cross_entropy(logits, labels, reduction="none")                    # -log p_y
     if base == "focal":
-        loss = (1 - (-loss).exp()).clamp(min=1e-7) ** gamma * loss
+        wrong = (1 - (-loss).exp()).clamp(min=1e-7)  # with gamma < 1 the slope at 0 is infinite
+        loss = wrong ** gamma * loss
     return loss.mean()
-
-
-def class_balanced_weights(counts, beta):
-    """(K,) weights proportional to (1 - beta) / (1 - beta^n_k), with mean 1 (Cui et al. 2019). counts: K
-    ints."""
-    effective = 1 - beta ** torch.tensor(counts, dtype=torch.float64)
-    return (len(counts) / effective / (1 / effective).sum()).float()
 
 
 # ---- the recipe
 
-RECIPE = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, backbone="resnet32",  # LDAM-DRW's (2e-4)
+RECIPE = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, backbone="resnet32",  # LDAM-DRW: 2e-4
               theta=0.4, project="yes", schedule="ramp", form="dot", gamma=1.0, tau=1.0)
 CHANGES = {"imagenet-lt": dict(epochs=100, backbone="resnet50", weight_decay=2e-4),  # ours: naver-ai/cmo's
            "synthetic": dict(epochs=20, batch_size=64, backbone="small")}       # our demo
@@ -149,6 +143,10 @@ def parse_args(argv):
     args = common.parse(parser, argv, RECIPE, CHANGES)
     if not -1 <= args.theta <= 1:
         common.fail(f"--theta {args.theta}: a cosine is in [-1, 1]")
+    unused = () if args.strength else ("theta", "project", "schedule", "form")
+    common.refuse_without_effect(parser, args, "--strength 0", *unused)
+    unused = {"focal": ("tau",), "la": ("gamma",)}.get(args.base, ("gamma", "tau"))
+    common.refuse_without_effect(parser, args, f"--base {args.base}", *unused)
     args.published &= args.strength in (0, parser.get_default("strength"))
     return args
 
@@ -164,7 +162,7 @@ def main(argv=None):
     log_counts = torch.tensor(data.counts, device=run.device).log()             # (K,)
     strength = torch.zeros((), device=run.device)                               # lambda(t)
     weights = torch.ones(len(data.counts), device=run.device)                   # of ce-drw
-    balanced = class_balanced_weights(data.counts, 0.9999)
+    balanced = common.class_balanced_weights(data.counts, 0.9999)
     optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
     steps = EARLY if args.dataset == "imagenet-lt" else LATE
@@ -202,7 +200,7 @@ def main(argv=None):
         if run.eval_due():
             run.keep_best(adjusted(common.features(net, data.test)))
 
-    run.see_test_set(net)
+    run.compute_test_features(net)
     if args.base == "la":
         run.score(variant.replace("la", "ce", 1), net.fc)                       # the same network, unadjusted
     run.score(variant, adjusted, run.best_test, args.tau if args.base == "la" else None)

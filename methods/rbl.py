@@ -52,9 +52,9 @@ import common
 
 
 def expm(a):
-    """Matrix exponential of a (d, d) with |a| < 100, to rounding: Taylor of degree 10 of exp(a / 256) - I,
-    then exp(2t) - I = 2 e + e e with e = exp(t) - I, eight times. (torch.matrix_exp waits for a norm, so it
-    can't be captured.)"""
+    """Matrix exponential of a (d, d) with |a| < 100, to rounding: the Taylor series of a / 256, squared eight
+    times. e = exp - I is kept in place of exp, whose 1 would swallow the small digits. (torch.matrix_exp
+    can't be captured: it waits for a norm.)"""
     a = a / 256
     identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
     series = identity
@@ -76,7 +76,7 @@ def etf_frame(dim, num_classes):
     """The first num_classes columns of I - 11^T / dim: (dim, num_classes), norms sqrt(1 - 1/dim), cosines -1
     / (dim - 1)."""
     if dim < num_classes:
-        raise ValueError(f"a frame of {num_classes} classes needs as many dimensions, not {dim}")
+        common.fail(f"--dim {dim}: a frame of {num_classes} classes needs as many dimensions")
     return (torch.eye(dim) - 1 / dim)[:, :num_classes]
 
 
@@ -230,8 +230,6 @@ def main(argv=None):
     run = common.Run(args, "rbl", args.head, PAPER)
     data = common.load_data(args, run.device)
     num_classes = len(data.counts)
-    if args.head != "linear" and args.dim < num_classes:
-        common.fail(f"--dim {args.dim}: a frame of {num_classes} classes needs as many dimensions")
 
     net = common.BACKBONES[args.backbone](num_classes)
     dim_h = net.fc.in_features
@@ -243,8 +241,7 @@ def main(argv=None):
     net.to(run.device, memory_format=torch.channels_last)
     prior = torch.tensor(data.counts, device=run.device) / sum(data.counts)
     log_prior = prior.log()                                                     # (C,)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, torch.tensor(args.lr, device=run.device), momentum=0.9,
+    optimizer = torch.optim.SGD(net.parameters(), torch.tensor(args.lr, device=run.device), momentum=0.9,
                                 weight_decay=args.weight_decay, nesterov=True, fused=True)
     augment = strong if args.augment == "strong" else common.crop_flip
     run.begin(data, net, "crop, flip, AutoAugment, Cutout" if augment is strong else "crop, flip")
@@ -267,8 +264,8 @@ def main(argv=None):
             losses.append(step(x, labels))
         run.log(losses)
         if run.eval_due():
-            z_train, _ = common.predict(net, data.train)
-            z_test, _ = common.predict(net, data.test)
+            z_train = net.fc(common.features(net, data.train)).detach()
+            z_test = net.fc(common.features(net, data.test)).detach()
             train = accuracy_and_loss(z_train, data.train.labels)
             test = accuracy_and_loss(z_test, data.test.labels, args.tau * log_prior)
             run.keep_best(z_test - args.tau * log_prior, train_acc_ce=train, test_acc_ce=test)
@@ -277,7 +274,7 @@ def main(argv=None):
         """z - tau log(n_c / N)."""
         return net.fc(h) - args.tau * log_prior
 
-    run.see_test_set(net)
+    run.compute_test_features(net)
     run.score(f"{args.head}, no adjustment", net.fc)
     run.score(args.head, adjusted, run.best_test, args.tau)
     metrics = {}

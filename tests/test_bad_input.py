@@ -38,7 +38,7 @@ def test_flags_of_every_script(refused, script, flags):
     ("lwr", ("--theta", "1.01")), ("lwr", ("--theta", "-2")), ("lwr", ("--theta", "nan")), ("lwr", ("--strength", "-1")),
     ("lwr", ("--gamma", "-1")), ("lwr", ("--base", "ce")), ("lwr", ("--tau", "-1")),
     ("hinge_ce", ("--tau-plus", "40")), ("hinge_ce", ("--tau-plus", "-0.1")), ("hinge_ce", ("--tau-major", "2")),
-    ("hinge_ce", ("--width", "0")), ("hinge_ce", ("--width", "19")), ("hinge_ce", ("--minor", "-1")), ("hinge_ce", ("--warmup", "-1")), ("hinge_ce", ("--momentum", "1")),
+    ("hinge_ce", ("--width", "0")), ("hinge_ce", ("--width", "19")), ("hinge_ce", ("--minor", "-1")), ("hinge_ce", ("--warmup", "-1")),
     ("rbl", ("--dim", "19")), ("rbl", ("--dim", "0")), ("rbl", ("--tau", "nan")), ("rbl", ("--head", "none")),
     ("ewb_fdr", ("--beta", "1")), ("ewb_fdr", ("--zeta", "-1")), ("ewb_fdr", ("--cb-loss", "mse")), ("ewb_fdr", ("--val-per-class", "0"))])
 def test_flags_of_one_script(refused, script, flags):
@@ -48,13 +48,18 @@ def test_flags_of_one_script(refused, script, flags):
 def test_flags_without_effect_where_they_would_falsify_an_ablation(refused):
     refused("ewb_fdr", "--variant", "etf", "--cb-loss", "ce", words=["--cb-loss", "--variant etf"])
     refused("ewb_fdr", "--variant", "wd", "--stage1", "x", words=["--stage1", "--variant wd"])
+    refused("ewb_fdr", "--variant", "wd", "--zeta", "1", words=["--zeta", "--variant wd"])
+    refused("ewb_fdr", "--beta", "0.5", words=["--beta", "--variant fr-etf"])
+    refused("hinge_ce", "--variant", "ce", "--tau-plus", "1", words=["--tau-plus", "--variant ce"])
+    refused("lwr", "--strength", "0", "--theta", "0", words=["--theta", "--strength 0"])
+    refused("lwr", "--tau", "2", words=["--tau", "--base bs"])
     refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
     refused("hinge_ce", "--tau-plus", "0", words=["no class has a cone"])
 
 
 def test_an_etf_needs_as_many_dimensions_as_classes(refused, monkeypatch):
     monkeypatch.setitem(common.BACKBONES, "small", lambda num_classes: Narrow(num_classes))
-    refused("ewb_fdr", "--variant", "etf", words=["8 features", "--backbone"])
+    refused("ewb_fdr", "--variant", "etf", words=["not 8", "--backbone"])
 
 
 class Narrow(torch.nn.Module):
@@ -202,6 +207,20 @@ def test_what_is_no_image_is_named_and_what_is_hidden_is_no_data(own, capsys):
     assert "left out: 2 files" in capsys.readouterr().out
 
 
+def test_linked_folders_are_read(own, tmp_path):
+    plain = load(own)
+    for part in ("train", "test"):
+        (own / part / "c").rename(tmp_path / f"c {part}")
+        (own / part / "c").symlink_to(tmp_path / f"c {part}")
+    assert load(own).counts == plain.counts
+
+
+def test_pictures_that_changed_are_read_again(own):
+    for grey in (10, 20):  # files of one length
+        Image.new("RGB", (16, 16), (grey, 0, 0)).save(own / "train" / "b" / "0.bmp")
+        assert (load(own).train.images[..., 0] == grey).all((1, 2)).any()
+
+
 def test_folders_and_lists_read_the_same_types(own):
     for k in range(8):
         Image.fromarray(np.random.RandomState(k + 1).randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(own / "train" / "c" / f"{k}x.gif")
@@ -209,13 +228,13 @@ def test_folders_and_lists_read_the_same_types(own):
     assert load(own).counts == load(lists, data_root=own).counts == [10, 6, 3]
 
 
-@pytest.mark.parametrize("names", [("Train", "TEST")])
+@pytest.mark.parametrize("names", [("Train", "TEST", "validation"), ("train", "test", "valid")])
 def test_other_names_of_the_parts(own, names):
     plain = load(own)
     for old, new in zip(("train", "test"), names):
         (own / old).rename(own / new)
-    shutil.copytree(own / names[1], own / "validation")
-    for k, path in enumerate(sorted((own / "validation").glob("*/*.png"))):
+    shutil.copytree(own / names[1], own / names[2])
+    for k, path in enumerate(sorted((own / names[2]).glob("*/*.png"))):
         Image.new("RGB", (16, 16), (k, 0, 0)).save(path)
     data = load(own)
     assert data.counts == plain.counts and len(data.val.labels) == 6
@@ -279,6 +298,7 @@ def test_table_1_of_own_images(call, refused, own, monkeypatch, tmp_path):
                 Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
         assert call("hinge_ce", *flags, *held_out, "--epochs", "1", out=tmp_path / out) == 0
         stage1, = (tmp_path / out).glob("hinge_ce-*/weights.pt")
+        refused("lort", *flags, "--stage1", stage1, "--image-size", "32", out=tmp_path / "x", words=["--image-size None, not 32"])
         if out == "held out":
             refused("lort", *flags, "--retrain", "all", "--stage1", stage1, words=["--val-per-class", "val"])
         assert call("lort", *flags, *held_out, "--retrain", "all", "--stage1", stage1, "--epochs2", "2", out=tmp_path / out) == 0
@@ -372,6 +392,12 @@ def break_own(own, how):
     "in train and test", "copied to another class"])
 def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
+
+
+def test_a_photograph_in_train_and_test_is_refused(refused, own):
+    """Though one is kept whole and the other cropped."""
+    shutil.copy(own / "train" / "a" / "0.png", own / "test" / "b" / "z.png")
+    refused("hinge_ce", "--dataset", own, "--image-size", "16", "--cache-size", "16", words=["are the same picture"])
 
 
 def test_photographs_are_refused_before_all_are_read(refused, own, monkeypatch):

@@ -20,7 +20,7 @@ from conftest import ROOT, SCRIPTS, result, results, same, saved
 TINY = ("--epochs", "2", "--imb-factor", "100")
 VARIANTS = ("ce", "cb", "wd", "wb", "etf", "fr-etf")
 MODES = {"ewb_fdr": [("--variant", v) for v in VARIANTS] + [("--variant", "wb", "--cb-loss", "ce")],
-         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "theta", "--momentum", "0")],
+         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "theta")],
          "lort": [(), ("--bn", "eval"), ("--retrain", "all")],
          "lwr": [("--base", b) for b in ("bs", "ce-drw", "focal", "la")] + [("--project", "no", "--schedule", "const")],
          "rbl": [("--head", h) for h in ("rbl", "fixed", "linear")] + [("--augment", "strong", "--deterministic")]}
@@ -83,7 +83,7 @@ def test_a_trained_network_is_for_use(call, tmp_path, script, mode):
     for row, logits in {None: kept["logits"], **{row: kept["rows"][row] for row in rows}}.items():
         net, file = common.load_network(weights, row)
         split = data.test._replace(mean=file["mean"], std=file["std"])
-        assert torch.allclose(common.predict(net, split)[0], logits, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(net.fc(common.features(net, split)), logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("script, mode", RUNS)
@@ -234,21 +234,35 @@ def test_stage_one_is_handed_over_with_its_normalisation(call, tmp_path, seed):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lort_retrains_the_network_of_any_script(call, tmp_path, script):
     assert call(script, *TINY, "--val-per-class", "10") == 0
-    stage1, = tmp_path.glob("runs/*/weights.pt")
+    stage1, = tmp_path.glob("runs/*/stage1.pt" if script == "lort" else "runs/*/weights.pt")
     assert call("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "lort") == 0
-    kept = saved(tmp_path / "runs", "test_logits.pt")
-    before = common.report(kept["logits"], kept["labels"], kept["counts"])
-    assert result(tmp_path / "lort")["rows"][0]["acc"] == before
+    before, run = result(tmp_path / "runs")["rows"][0], result(tmp_path / "lort")  # before any adjustment
+    assert run["rows"][0]["acc"] == before["acc"]
+    assert run["flags"]["epochs"] is None and run["metrics"]["stage 1 was trained with"]["epochs"] == 2
+
+
+def test_lort_does_not_retrain_a_retrained_classifier(call, refused, tmp_path):
+    assert call("lort", *TINY) == 0 and call("ewb_fdr", *TINY, "--variant", "wb") == 0
+    for script in ("lort", "ewb_fdr"):
+        stage1, = tmp_path.glob(f"runs/{script}-*/weights.pt")
+        refused("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "x", words=["a retrained classifier", "stage1.pt"])
+
+
+def test_stage_one_was_trained_as_is_asked_for(call, refused, tmp_path):
+    assert call("lwr", *TINY) == 0
+    stage1, = tmp_path.glob("runs/*/weights.pt")
+    refused("lort", "--stage1", stage1, "--epochs", "77", out=tmp_path / "x", words=["--epochs 2, not 77"])
+    refused("lort", "--stage1", stage1, "--weight-decay", "0.5", out=tmp_path / "x", words=["--weight-decay 0.0005, not 0.5"])
+    assert call("lort", "--stage1", stage1, "--epochs", "2", "--epochs2", "1", out=tmp_path / "lort") == 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_table_1_starts_from_the_network_of_any_script(call, tmp_path, script):
     """Its first row is that network; each of the others starts there."""
     assert call(script, *TINY, "--val-per-class", "10") == 0
-    stage1, = tmp_path.glob("runs/*/weights.pt")
+    stage1, = tmp_path.glob("runs/*/stage1.pt" if script == "lort" else "runs/*/weights.pt")
     assert call("lort", "--retrain", "all", "--stage1", stage1, "--epochs2", "1", out=tmp_path / "lort") == 0
-    run, kept = result(tmp_path / "lort"), saved(tmp_path / "runs", "test_logits.pt")
-    before = common.report(kept["logits"], kept["labels"], kept["counts"])
+    run, before = result(tmp_path / "lort"), result(tmp_path / "runs")["rows"][0]["acc"]
     assert run["rows"][0]["row"] == "stage 1" and run["rows"][0]["acc"] == before
     rows = saved(tmp_path / "lort")["rows"]
     w, b = rows["stage 1"].values()
@@ -271,10 +285,10 @@ def test_table_1_chooses_on_validation_images(call, tmp_path):
     for row in kept["rows"]:
         net, file = common.load_network(next(tmp_path.glob("runs/*/weights.pt")), row)
         split = data.val._replace(mean=file["mean"], std=file["std"])
-        found = common.report(common.predict(net, split)[0], data.val.labels, data.counts)["all"]
+        found = common.report(net.fc(common.features(net, split)), data.val.labels, data.counts)["all"]
         assert row == "stage 1" or found == pytest.approx(run["metrics"][row]["val"], abs=0.6)  # rounding may turn one of 200
-    vanilla = common.report(common.predict(common.load_network(next(tmp_path.glob("runs/*/weights.pt")), "stage 1")[0], split)[0],
-                            data.val.labels, data.counts)["all"]
+    net, _ = common.load_network(next(tmp_path.glob("runs/*/weights.pt")), "stage 1")
+    vanilla = common.report(net.fc(common.features(net, split)), data.val.labels, data.counts)["all"]
     assert run["metrics"]["la"]["val"] >= vanilla and run["metrics"]["tau-norm"]["val"] >= vanilla  # tau = 0 is among theirs
     strengths = {row["row"]: row["strength"] for row in run["rows"]}
     assert {row for row, tau in strengths.items() if tau is not None} == {"tau-norm", "la"}
@@ -642,7 +656,7 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), [], {})
     monkeypatch.setattr(common, "load_data", data)
     stage1 = {"val_per_class": 20, "epochs": 200, "batch_size": 64, "lr": 0.01, "weight_decay": 5e-3}
-    monkeypatch.setattr(common, "load_stage1", lambda args, data, *names, **others: (torch.nn.Linear(1, 1), data, stage1))
+    monkeypatch.setattr(common, "load_stage1", lambda args, data, **others: (torch.nn.Linear(1, 1), data, stage1))
     monkeypatch.setattr(common.Run, "begin", begin)
     run_all(words, **fake, SEEDS="0")
     for number, line in enumerate((tmp_path / "trace").read_text().splitlines()):
