@@ -553,7 +553,7 @@ def base_parser(doc):
 
 def parse(parser, argv, recipe, changes):
     """Parse argv, twice, since the defaults depend on it: they are the recipe, the paper's for CIFAR-100-LT,
-    then changes[variant], then changes[dataset] (or changes["own"] for your own images); the later ones win.
+    then changes[variant], then changes[dataset]; the later ones win.
 
     args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
     ours. listed_images(), lwr and lort may lower it.
@@ -566,13 +566,15 @@ def parse(parser, argv, recipe, changes):
     if first.dataset in LISTS and first.dataset not in changes and first.backbone == recipe["backbone"]:
         fail(f"there is no recipe for {first.dataset} here: give --backbone, and look at the other flags")
     recipe |= changes.get(getattr(first, "variant", None), {})
-    recipe |= changes.get(first.dataset if first.dataset in DATASETS else "own", {})
+    recipe |= changes.get(first.dataset, {})
     parser.set_defaults(**recipe)
     if not built_in:
-        parser.set_defaults(imb_factor="natural")
+        parser.set_defaults(imb_factor="natural", val_per_class=0)
     args = parser.parse_args(argv)
     if built_in and args.image_size:
         fail(f"--image-size is for photographs, not for {args.dataset}")
+    if args.image_size and args.image_size > args.cache_size:
+        fail(f"--cache-size {args.cache_size} would blur images of --image-size {args.image_size}: raise it")
     args.published = all(getattr(args, flag) == value for flag, value in recipe.items())
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     return args
@@ -602,6 +604,12 @@ def same_statistics(net):
     if WORLD > 1:
         for buffer in net.buffers():
             torch.distributed.broadcast(buffer, 0)
+
+
+def leave_ranks():
+    """At the end of a run."""
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 def set_lr(optimizer, lr):
@@ -705,7 +713,7 @@ def load(path):
             return dict(torch.load(path, "cpu", weights_only=True))
     except Exception:  # zipfile and torch.load raise many kinds; to the user they are one
         pass
-    fail(f"{path} is missing, damaged, or no checkpoint: delete it, or name another")
+    fail(f"{path} is missing (is the run finished?), damaged, or no checkpoint: delete it, or name another")
 
 
 def same_flags(path, flags, wanted, remedy=""):
@@ -803,6 +811,8 @@ class Run:
         self.flags = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE}
         self.flags |= {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
         if getattr(args, "stage1", None):  # the same name may hold another network when the run goes on
+            if not os.path.isfile(args.stage1):
+                fail(f"--stage1 {args.stage1}: no such file")
             stage1 = Path(args.stage1).read_bytes()
             self.flags["stage1_sha256"] = hashlib.sha256(stage1).hexdigest()[:16]
         factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
@@ -847,8 +857,7 @@ class Run:
         torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and helps no result
 
     def _enter_folder(self):
-        """Make and lock the folder. Ends here if the run is finished; refuses the folder if it holds another
-        run."""
+        """Make and lock the folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if RANK == 0:
@@ -857,16 +866,27 @@ class Run:
             fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         except OSError as error:
             fail(f"--out {self.args.out}: cannot write there ({error.strerror})")
+
+    def _end_if_finished(self):
+        """Refuses the folder if it holds the result of another run."""
         path = self.folder / "result.json"
         if path.exists():
             result, = load_results(path)
-            same_flags(path, result["flags"], self.flags, ": choose another --out, or delete the folder")
+            self._same_run(path, result)
             print(f"{self.folder} is finished; delete the folder to run it again\n{table([result])}")
+            leave_ranks()
             raise SystemExit(0)
 
+    def _same_run(self, path, saved):
+        """Refuse what another run has left in this folder."""
+        same_flags(path, saved.get("flags", {}), self.flags, ": choose another --out, or delete the folder")
+        if saved["subset"] != self.data.subset:
+            fail(f"{path} is of other images: the data have changed; delete the folder to start again")
+
     def begin(self, data, net, augmentation="crop, flip"):
-        """All is checked: print what is trained on what."""
+        """All is checked: print what is trained on what. Ends here if the run is finished."""
         self.data = data
+        self._end_if_finished()
         self.params = sum(p.numel() for p in net.parameters())
         groups = shot_groups(data.counts)
         groups = ", ".join(f"{groups[name].sum()} {name}" for name in groups)
@@ -945,9 +965,7 @@ class Run:
         """Load the stage's checkpoint; returns the number of epochs done."""
         path = self._checkpoint()
         state = load(path)
-        same_flags(path, state.get("flags", {}), self.flags, ": choose another --out, or delete the folder")
-        if state["subset"] != self.data.subset:
-            fail(f"{path} is of other images: the data have changed; delete the folder to start again")
+        self._same_run(path, state)
         try:
             net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -1099,8 +1117,7 @@ class Run:
         for name, value in result["metrics"].items():
             print(f"  {name}: {value}")
         print(table([result]))
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
+        leave_ranks()
 
 
 # ------------------------------------------------------------ 8 results
@@ -1110,13 +1127,13 @@ NOT_IN_TABLE = r" --(seed|out|device|data-root|eval-every)[ =]('[^']*'|\S+)"  # 
 def load_results(path):
     """The results in every result.json below a folder, or in the lines of a file."""
     results = []
-    try:
-        for file in sorted(path.rglob("result.json")) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("result.json")) if path.is_dir() else [path]:
+        try:
             lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
             table(lines)  # raises if a field is missing
-            results += lines
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path}: no results ({type(error).__name__}: {error})")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{file}: no results ({type(error).__name__}: {error})")
+        results += lines
     if not results:
         fail(f"{path}: no finished run is there")
     return results
@@ -1188,10 +1205,10 @@ def table(results):
 @torch.no_grad()
 def classify(net, saved, paths):
     """(len(paths), C) probabilities of image files, in the test's view; net, saved: from load_network()."""
-    images = []
+    images, own = [], saved["flags"]["dataset"] not in LISTS
     for path in paths:
         try:
-            images.append(square(open_image(path), saved["view"], saved["size"]))
+            images.append(square(open_image(path, own), saved["view"], saved["size"]))
         except ValueError as error:
             fail(f"{path}: {error}")
     images = torch.from_numpy(np.stack(images))
@@ -1276,15 +1293,19 @@ def image_files(folder, part, root):
     if lists:
         return read_list(lists[0], root)
     files, others = [], []
-    for name in sorted(glob.glob("*/**/*", root_dir=folders[0], recursive=True)):  # follows links, skips dots
-        path = folders[0] / name
-        if path.is_dir():
+    for entry in sorted(folders[0].glob("[!.]*")):
+        if not entry.is_dir():
+            others.append(entry)
             continue
-        known = path.suffix.lower() in Image.registered_extensions()
-        kind = files if known else others
-        kind.append((path, Path(name).parts[0]))
+        names = sorted(glob.glob("**/*", root_dir=entry, recursive=True))       # follows links, skips dots
+        found = [entry / name for name in names if os.path.isfile(entry / name)]
+        images = [path for path in found if path.suffix.lower() in Image.registered_extensions()]
+        if found and not images:
+            fail(f"class {entry} has no file of a type that Pillow reads, only such as {found[0].name}")
+        files += [(path, entry.name) for path in images]
+        others += set(found) - set(images)
     if others:
-        print(f"left out: {len(others)} files that are no images, such as {others[0][0]}")
+        print(f"left out: {len(others)} files that are no images, such as {others[0]}")
     return files
 
 
@@ -1412,6 +1433,7 @@ def decode(file, paths, kind, side, own):
     done = thread_map(read, range(len(paths)), desc="reading", disable=None)
     errors = [text for size, text in done if size is None]
     if errors:
+        os.unlink(file.name)
         some = "; ".join(errors[:3])
         fail(f"{some} ({len(errors)} of {len(done)} images; those of lists lie below --data-root)")
     return [size for size, _ in done], [digest for _, digest in done]

@@ -43,6 +43,7 @@ for flag in $FLAGS; do
     [[ $flag =~ ^--(seed|imb-factor|dataset|out|help)(=|$) ]] && refuse "FLAGS: SEEDS, IMB and OUT set ${flag%%=*}"
 done
 mkdir -p "$OUT/logs" 2> /dev/null || refuse "OUT: cannot write to $OUT"
+exec 9> "$OUT/logs/lock" && flock -n 9 || refuse "run_all.sh is at work in $OUT already"
 : > "$OUT/logs/failed"
 ((JOBS == 1)) || export OMP_NUM_THREADS=$((($(nproc) + JOBS - 1) / JOBS))
 trap 'trap - INT TERM; kill 0' INT TERM  # stops the runs too

@@ -162,9 +162,8 @@ RECIPE = dict(epochs=320, batch_size=64, lr=0.01, backbone="resnet34", val_per_c
               epochs2=10, lr2=0.01, weight_decay2=0.1, beta=0.9999, zeta=1e-2)  # both codes
 CHANGES = {"ce": dict(epochs=200), "wd": dict(epochs=200), "wb": dict(epochs=200),              # WB's text
            "synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # our demo
-           "imagenet-lt": dict(epochs=200, backbone="resnext50_32x4d", zeta=1e-4, val_per_class=0),
-           "inat18": dict(epochs=200, batch_size=512, backbone="resnet50", val_per_class=0),
-           "own": dict(val_per_class=0)}
+           "imagenet-lt": dict(epochs=200, backbone="resnext50_32x4d", zeta=1e-4),
+           "inat18": dict(epochs=200, batch_size=512, backbone="resnet50")}
 WB = "best epoch, flip", "WB, Table 2 (200 epochs)"
 PAPER = {"ce": (*WB, {"cifar100": {100: 38.38, 50: 43.99, 10: 57.31}}),
          "wd": (*WB, {"cifar100": {100: 46.08, 50: 52.71, 10: 66.03}}),

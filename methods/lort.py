@@ -220,12 +220,12 @@ def main(argv=None):
         net, data, stage1_flags = common.load_stage1(args, data, **wanted)
         if stage1_flags["val_per_class"] < args.val_per_class:
             common.fail(f"--stage1 has seen images of --val-per-class {args.val_per_class}: train it so too")
-        args.published &= all(stage1_flags[name] == RECIPE[name] for name in ("batch_size", *STAGE_1))
+        for name in ("batch_size", *STAGE_1):
+            args.published &= stage1_flags[name] == RECIPE[name]
     net.to(run.device, memory_format=torch.channels_last)
     run.begin(data, net)
 
-    def train(stage, epochs, lr, weight_decay, delta):
-        """Of both stages: whatever is not frozen."""
+    def train(stage, epochs, lr, weight_decay, delta):  # in both stages: whatever is not frozen
         optimizer = torch.optim.SGD(net.parameters(), torch.tensor(lr, device=run.device), momentum=0.9,
                                     weight_decay=weight_decay, fused=True)
 

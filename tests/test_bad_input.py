@@ -215,6 +215,15 @@ def test_linked_folders_are_read(own, tmp_path):
     assert load(own).counts == plain.counts
 
 
+def test_a_finished_run_of_other_pictures_is_refused(call, refused, own, monkeypatch):
+    monkeypatch.undo()
+    flags = ("--dataset", own, "--backbone", "small", "--batch-size", "4", "--epochs", "1")
+    assert call("lwr", *flags) == 0 and call("lwr", *flags) == 0
+    shutil.rmtree(own / "train" / "c")
+    shutil.rmtree(own / "test" / "c")
+    refused("lwr", *flags, words=["result.json", "the data have changed"])
+
+
 def test_pictures_that_changed_are_read_again(own):
     for grey in (10, 20):  # files of one length
         Image.new("RGB", (16, 16), (grey, 0, 0)).save(own / "train" / "b" / "0.bmp")
@@ -370,6 +379,10 @@ def break_own(own, how):
     if how == "class not in test":
         (own / "test" / "c").rename(own.parent / "c")
         return "class c has no test images"
+    if how == "no image in a class":
+        (own / "train" / "d").mkdir()
+        (own / "train" / "d" / "1.heic").write_text("x")
+        return "only such as 1.heic"
     if how == "folder and list":
         (own / "my_train.txt").write_text("train/a/0.png 1")
         return "not 1 and 1"
@@ -389,7 +402,7 @@ def break_own(own, how):
 @pytest.mark.parametrize("how", [
     "no test", "unreadable", "cut", "other size", "class only in test", "class not in test", "one class", "16 bits", "tiny",
     "no squares", "other size in test", "photographs", "nothing", "two val lists", "two trains", "folder and list",
-    "in train and test", "copied to another class"])
+    "in train and test", "copied to another class", "no image in a class"])
 def test_broken_own_folders(refused, own, how):
     refused("hinge_ce", "--dataset", own, words=[break_own(own, how)])
 
@@ -398,6 +411,12 @@ def test_a_photograph_in_train_and_test_is_refused(refused, own):
     """Though one is kept whole and the other cropped."""
     shutil.copy(own / "train" / "a" / "0.png", own / "test" / "b" / "z.png")
     refused("hinge_ce", "--dataset", own, "--image-size", "16", "--cache-size", "16", words=["are the same picture"])
+
+
+def test_what_cannot_be_read_leaves_nothing_behind(refused, own):
+    break_own(own, "cut")
+    refused("hinge_ce", "--dataset", own)
+    assert len(list(own.glob(".cache/*.pixels"))) == 1  # of the training images, which all are read
 
 
 def test_photographs_are_refused_before_all_are_read(refused, own, monkeypatch):
