@@ -5,19 +5,36 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+import common
+
 SCRIPTS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+
+whole_synthetic = common.synthetic
+PARTS, CLASSES = whole_synthetic()
+
+
+def fewer_images():
+    """The generated set with 125 of 250 training images and 17 of 50 test images a class, so that the tests take minutes."""
+    images, labels = PARTS["train"]
+    train = images[::2].copy(), labels[::2].copy()
+    images, labels = PARTS["test"]
+    third = np.arange(len(labels)) % 50 % 3 == 0
+    return {"train": train, "test": (images[third], labels[third])}, CLASSES
+
+
+common.synthetic = fewer_images
 
 
 @pytest.fixture
 def call(tmp_path):
     """call("rbl", "--epochs", 1, ...) runs a script's main() here, on the synthetic set, and returns its exit code."""
     def call(script, *flags, out=tmp_path / "runs"):
-        import common
         module, runs, enter = __import__(script), [], common.Run._enter_folder
         argv = ["--dataset", "synthetic", "--device", "cpu", "--out", out, *flags]
         with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:

@@ -14,9 +14,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import common
+from conftest import whole_synthetic
 
 CIFAR = Path(os.environ.get("CIFAR_ROOT", Path(__file__).parents[1] / "data"))
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def all_images(monkeypatch):
+    monkeypatch.setattr(common, "synthetic", whole_synthetic)
 
 
 def arguments(**changes):

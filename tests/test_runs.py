@@ -60,7 +60,7 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
     assert run["method"] == script and run["subset"]["sha256"] in out and "| many / medium / few |" in out
     kept = saved(runs, "test_logits.pt")
     assert set(kept) == {"logits", "labels", "counts", "classes", "rows", "strengths"}
-    assert kept["logits"].shape == (1000, 20) and len(kept["classes"]) == 20 and run["headline"] in kept["rows"]
+    assert kept["logits"].shape == (340, 20) and len(kept["classes"]) == 20 and run["headline"] in kept["rows"]
     for row in run["rows"]:  # every number of the table can be computed from the file
         assert row["acc"] == common.report(kept["rows"][row["row"]], kept["labels"], kept["counts"])
         assert all(0 <= row[kind][group] <= 100 for kind in ("acc", "acc_flip") for group in ("all", "many", "few"))
@@ -231,16 +231,6 @@ def test_stage_one_is_handed_over_with_its_normalisation(call, tmp_path, seed):
     assert not torch.equal(saved(tmp_path / "lort")["mean"], plain.test.mean)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_lort_retrains_the_network_of_any_script(call, tmp_path, script):
-    assert call(script, *TINY, "--val-per-class", "10") == 0
-    stage1, = tmp_path.glob("runs/*/stage1.pt" if script == "lort" else "runs/*/weights.pt")
-    assert call("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "lort") == 0
-    before, run = result(tmp_path / "runs")["rows"][0], result(tmp_path / "lort")  # before any adjustment
-    assert run["rows"][0]["acc"] == before["acc"]
-    assert run["flags"]["epochs"] is None and run["metrics"]["stage 1 was trained with"]["epochs"] == 2
-
-
 def test_lort_does_not_retrain_a_retrained_classifier(call, refused, tmp_path):
     assert call("lort", *TINY) == 0 and call("ewb_fdr", *TINY, "--variant", "wb") == 0
     for script in ("lort", "ewb_fdr"):
@@ -257,13 +247,16 @@ def test_stage_one_was_trained_as_is_asked_for(call, refused, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_table_1_starts_from_the_network_of_any_script(call, tmp_path, script):
+def test_lort_goes_on_from_the_network_of_any_script(call, tmp_path, script):
     """Its first row is that network; each of the others starts there."""
     assert call(script, *TINY, "--val-per-class", "10") == 0
     stage1, = tmp_path.glob("runs/*/stage1.pt" if script == "lort" else "runs/*/weights.pt")
     assert call("lort", "--retrain", "all", "--stage1", stage1, "--epochs2", "1", out=tmp_path / "lort") == 0
-    run, before = result(tmp_path / "lort"), result(tmp_path / "runs")["rows"][0]["acc"]
-    assert run["rows"][0]["row"] == "stage 1" and run["rows"][0]["acc"] == before
+    assert call("lort", "--stage1", stage1, "--epochs2", "1", out=tmp_path / "stage2") == 0
+    before = result(tmp_path / "runs")["rows"][0]["acc"]  # before any adjustment
+    for run in (result(tmp_path / "stage2"), result(tmp_path / "lort")):
+        assert run["rows"][0]["row"] == "stage 1" and run["rows"][0]["acc"] == before
+        assert run["flags"]["epochs"] is None and run["metrics"]["stage 1 was trained with"]["epochs"] == 2
     rows = saved(tmp_path / "lort")["rows"]
     w, b = rows["stage 1"].values()
     changed = {row for row, linear in rows.items() if not torch.allclose(linear["weight"], w, atol=1e-5)}
@@ -465,9 +458,9 @@ print(kills, resumed, time.monotonic() - began)
 """
 
 
-@pytest.mark.parametrize("script, kills", [("lort", 8), ("ewb_fdr", 6)])
+@pytest.mark.parametrize("script, kills", [("lort", 3), ("ewb_fdr", 3)])
 def test_killed_at_random_moments_it_ends_with_the_same_result(tmp_path, script, kills):
-    """SIGKILL at 14 moments in all: at the start, in both stages, while saving; then the run is completed."""
+    """SIGKILL at 6 moments in all: at the start, in both stages, while saving; then the run is completed."""
     flags = ["--dataset", "synthetic", "--device", "cpu", "--epochs", "4", "--epochs2", "3"]
     flags += ["--variant", "wb"] if script == "ewb_fdr" else []
     longest = None
@@ -640,7 +633,7 @@ def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
     assert done.stdout.count("finished:") == 23 + 22  # no cones at imbalance factor 50
 
 
-@pytest.mark.parametrize("words", ["cifar10", "cifar100", "one-protocol"])
+@pytest.mark.parametrize("words", ["cifar100", "one-protocol"])
 def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
     """Every command up to its training, with 100 (or 10) classes of one grey image in place of CIFAR."""
     class Begins(Exception):
