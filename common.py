@@ -558,8 +558,7 @@ def parse(parser, argv, recipe, changes):
     args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
     ours. listed_images(), lwr and lort may lower it.
     """
-    held = {"subset_seed": 0, "val_per_class": 0, "image_size": None}  # no number of a paper beside others
-    recipe = held | recipe
+    recipe = {"subset_seed": 0, "val_per_class": 0, "image_size": None} | recipe  # the papers have these too
     parser.set_defaults(**recipe)  # for --help
     first = parser.parse_args(argv)
     built_in = first.dataset in ("synthetic", *FINGERPRINTS)
@@ -1303,7 +1302,7 @@ def image_files(folder, part, root):
         if found and not images:
             fail(f"class {entry} has no file of a type that Pillow reads, only such as {found[0].name}")
         files += [(path, entry.name) for path in images]
-        others += set(found) - set(images)
+        others += sorted(set(found) - set(images))
     if others:
         print(f"left out: {len(others)} files that are no images, such as {others[0]}")
     return files
