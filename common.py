@@ -559,8 +559,9 @@ def parse(parser, argv, recipe, changes):
     ours. listed_images(), lwr and lort may lower it.
     """
     recipe = {"subset_seed": 0, "val_per_class": 0, "image_size": None} | recipe  # the papers have these too
-    parser.set_defaults(**recipe)  # for --help
-    first = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(**recipe)
+    first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     built_in = first.dataset in ("synthetic", *FINGERPRINTS)
     if first.dataset in LISTS and first.dataset not in changes and first.backbone == recipe["backbone"]:
         fail(f"there is no recipe for {first.dataset} here: give --backbone, and look at the other flags")
@@ -575,7 +576,7 @@ def parse(parser, argv, recipe, changes):
     if args.image_size and args.image_size > args.cache_size:
         fail(f"--cache-size {args.cache_size} would blur images of --image-size {args.image_size}: raise it")
     args.published = all(getattr(args, flag) == value for flag, value in recipe.items())
-    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
+    args.command = shlex.join(argv)
     return args
 
 

@@ -98,6 +98,14 @@ def test_help_reads_well(script, capsys):
     assert f"(default: {__import__(script).RECIPE['epochs']})" in common_flags
 
 
+def test_help_has_the_defaults_of_the_variant_and_the_data_set(capsys):
+    import hinge_ce
+    with pytest.raises(SystemExit):
+        hinge_ce.parse_args(["--variant", "ce", "--dataset", "cifar10", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "output dimensions (default: 64)" in text and "rate rises (default: 5)" in text
+
+
 def test_nothing_of_a_machine_is_in_the_project():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in files:
