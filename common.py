@@ -408,6 +408,19 @@ def class_balanced_bce(logits, labels, weights):
     return (weights[labels][:, None] * bce).mean()
 
 
+@torch.no_grad()
+def max_norm_(weight, delta):
+    """WB's MaxNorm, in place: w_k <- w_k min(1, delta / |w_k|); weight (K, D)."""
+    norm = weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return weight.mul_((delta / norm).clamp(max=1))
+
+
+def max_norm_threshold(weight):
+    """WB's Delta, a tenth of the way from the smallest to the largest row norm of stage 1; weight (K, D)."""
+    low, high = weight.detach().norm(dim=1).aminmax()
+    return low + 0.1 * (high - low)
+
+
 # ------------------------------------------------------------ 4 evaluation
 
 

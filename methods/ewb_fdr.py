@@ -71,19 +71,6 @@ def feature_regularization(feat):
     return 0.5 * feat.square().sum(1).mean()
 
 
-@torch.no_grad()
-def max_norm_(weight, delta):
-    """In place: w_k <- w_k min(1, delta / |w_k|); weight (K, D)."""
-    norm = weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return weight.mul_((delta / norm).clamp(max=1))
-
-
-def max_norm_threshold(weight):
-    """Delta, a tenth of the way from the smallest to the largest row norm of stage 1; weight (K, D)."""
-    low, high = weight.detach().norm(dim=1).aminmax()
-    return low + 0.1 * (high - low)
-
-
 def additive_la(logits, counts, tau):
     """z_k - tau log pi_k (Menon et al. 2021). logits (N, K), counts: K training images."""
     prior = torch.as_tensor(counts, device=logits.device) / sum(counts)
@@ -262,7 +249,7 @@ def main(argv=None):
     if args.variant == "wb":  # stage 2: the classifier alone, balanced
         net.requires_grad_(False)
         net.fc.requires_grad_(True)
-        delta = max_norm_threshold(net.fc.weight)
+        delta = common.max_norm_threshold(net.fc.weight)
         lr2 = torch.tensor(args.lr2, device=run.device)
         optimizer2 = torch.optim.SGD(net.fc.parameters(), lr2, momentum=0.9, weight_decay=args.weight_decay2,
                                      fused=True)
@@ -283,7 +270,7 @@ def main(argv=None):
             for x, labels in common.batches(data.train, args.batch_size, run.generator):
                 losses.append(balance(x, labels))
             run.log(losses)
-            max_norm_(net.fc.weight, delta)
+            common.max_norm_(net.fc.weight, delta)
             if run.eval_due():
                 run.keep_best(net.fc(common.features(net, data.test)))
 

@@ -24,9 +24,8 @@ Departures and choices where the paper is silent (no official code is known)
 - Momentum 0.9 with Nesterov, as in the recipe that the paper follows; crop of 4 pixels (there 2) and flip;
   last epoch.
 - No warm-up for ETF and cones on CIFAR, as the paper says; on ImageNet-LT one epoch for all (there 100
-  steps). Without it ce, whose projector and classifier both learn,
-  diverges within 30 steps at lr 0.4 (tried on CIFAR-100-LT, seed 0: Nesterov or not, m = 64 and 128), so ce
-  has 5 epochs.
+  steps). Without it ce, whose projector and classifier both learn, diverges within 30 steps at lr 0.4 (tried
+  on CIFAR-100-LT, seed 0: Nesterov or not, m = 64 and 128), so ce has 5 epochs.
 - hinge and ce-etf have the same 37.3 (CIFAR-100-LT, IF 100, seed 0), 5.3 below the paper's ce-etf: no
   training image enters its cone of 40 degrees, so no cone changes anything. The cause is the length of u: at
   |u| = 55 softmax is content at 70 degrees, where even the median image of a major class ends. Tried with 56

@@ -154,8 +154,7 @@ def retrain(run, args, method, candidates, feat, labels, n):
         decay = candidate.rate * candidate.decay
         groups.append({"params": list(candidate.parameters()), "weight_decay": decay})
     optimizer = torch.optim.SGD(groups, torch.tensor(1.0, device=run.device), momentum=0.9, fused=True)
-    low, high = candidates[0].w.detach().norm(dim=1).aminmax()
-    delta = low + 0.1 * (high - low)  # of max-norm, as in WB's code
+    delta = common.max_norm_threshold(candidates[0].w)
     for epoch in run.epochs(method, args.epochs2, candidates, optimizer):
         common.set_lr(optimizer, cosine_lr(epoch, args.epochs2, 1))
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)     # the same for all methods
@@ -174,7 +173,7 @@ def retrain(run, args, method, candidates, feat, labels, n):
         run.log(losses)
         if method == "max-norm":  # |w_i| <= delta, projected once an epoch
             for candidate in candidates:
-                candidate.w.data.renorm_(2, 0, delta.item())
+                common.max_norm_(candidate.w, delta)
 
 
 def table_1(run, args, net, data, stage1_flags):

@@ -201,13 +201,13 @@ def test_feature_regularization_and_max_norm():
     assert ewb_fdr.feature_regularization(feat).item() == pytest.approx(sum(v * v for f in feat.tolist() for v in f) / 10)
     weight = rand(4, 3)
     norms = [math.sqrt(sum(v * v for v in w)) for w in weight.tolist()]
-    delta = ewb_fdr.max_norm_threshold(weight)
+    delta = common.max_norm_threshold(weight)
     assert delta.item() == pytest.approx(min(norms) + 0.1 * (max(norms) - min(norms)))
-    clipped = ewb_fdr.max_norm_(weight.clone(), delta)
+    clipped = common.max_norm_(weight.clone(), delta)
     for before, after, norm in zip(weight, clipped, norms):
         assert torch.allclose(after, before * min(1, delta.item() / norm))
-    assert (ewb_fdr.max_norm_(weight.clone(), 1e9) == weight).all()
-    assert ewb_fdr.max_norm_(torch.zeros(2, 3), 0.5).isfinite().all()
+    assert (common.max_norm_(weight.clone(), 1e9) == weight).all()
+    assert common.max_norm_(torch.zeros(2, 3), 0.5).isfinite().all()
 
 
 def test_logit_adjustments():
@@ -519,7 +519,7 @@ def test_heads_are_trained_each_with_its_own_rate_and_decay(method, s):
                             momentum[name] = 0.9 * momentum[name] + p.grad + decay * p
                             p -= rate * 0.5 * (1 + math.cos(math.pi * epoch / 3)) * momentum[name]
             if method == "max-norm":
-                ewb_fdr.max_norm_(slow.w.data, delta)
+                common.max_norm_(slow.w.data, delta)
         start = head(method, s)
         for name in ("w", "b", "c"):
             assert torch.allclose(getattr(fc, name), getattr(slow, name), atol=1e-6), name
