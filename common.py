@@ -237,12 +237,12 @@ def normalised_as(data, mean, std):
 AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats
 
 
-def crop_flip(images, generator):
-    """A random window of the image in a black margin of an eighth (4 pixels of 32), and a random mirror
-    image: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image.
-    (N, H, W, 3) uint8."""
+def crop_flip(images, generator, part=8):
+    """A random window of the image in a black margin of 1 / part (4 pixels of 32), and a random mirror image:
+    what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H, W, 3)
+    uint8."""
     n, height, width, _ = images.shape
-    pad = height // 8
+    pad = height // part
     device = images.device
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=device)
     mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
@@ -313,9 +313,10 @@ class Block(nn.Module):
 
 
 class ResNet32(nn.Module):
-    """CIFAR's ResNet-32 (He et al. 2016): features (B, 64), 470,004 parameters for 100 classes."""
+    """CIFAR's ResNet-32 (He et al. 2016): features (B, 64), 470,004 parameters for 100 classes. With
+    last_norm the mean over the pixels is of normalised values, which have both signs (Menon et al. 2021)."""
 
-    def __init__(self, num_classes, blocks=5):
+    def __init__(self, num_classes, blocks=5, last_norm=False):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(16)
@@ -324,6 +325,8 @@ class ResNet32(nn.Module):
             for _ in range(blocks):
                 layers.append(Block(channels, width, stride=1 if width == channels else 2))
                 channels = width
+        if last_norm:
+            layers.append(nn.BatchNorm2d(channels))
         self.blocks = nn.Sequential(*layers)
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
@@ -364,7 +367,8 @@ class Torchvision(nn.Module):
         return self.body(x)
 
 
-BACKBONES = {"resnet32": ResNet32, "resnet34": ResNet34, "small": partial(ResNet32, blocks=1)}
+BACKBONES = {"resnet32": ResNet32, "resnet32_bn": partial(ResNet32, last_norm=True), "resnet34": ResNet34,
+             "small": partial(ResNet32, blocks=1)}
 for name in ("resnet50", "resnext50_32x4d", "resnet152"):
     BACKBONES[name] = partial(Torchvision, name=name)
 
@@ -555,7 +559,7 @@ def base_parser(doc):
     add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
     add("--backbone", choices=list(BACKBONES), help="network below the classifier")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
-        help="auto: on a GPU tf32 for resnet32, else bf16; on a CPU fp32. Weights are always fp32")
+        help="auto: on a GPU tf32 for ResNet-32, else bf16; on a CPU fp32. Weights are always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
     add("--no-graph", action="store_true", help="do not replay the steps as CUDA graphs")
@@ -854,7 +858,7 @@ class Run:
         gpu = self.device.type == "cuda"
         self.precision = self.args.precision
         if self.precision == "auto" and gpu:
-            self.precision = "tf32" if self.args.backbone in ("resnet32", "small") else "bf16"
+            self.precision = "tf32" if self.args.backbone in ("resnet32", "resnet32_bn", "small") else "bf16"
         elif self.precision == "auto":
             self.precision = "fp32"
         if self.precision == "tf32" and not gpu:
