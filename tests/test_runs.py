@@ -540,7 +540,7 @@ def test_out_of_memory_names_the_flag(call, monkeypatch, capsys, error):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(call, capsys):
-    assert call("hinge_ce", "--variant", "ce", "--lr", "1e6", "--warmup", "0", *TINY) == 2
+    assert call("hinge_ce", "--variant", "ce", "--lr", "1e6", *TINY) == 2
     err = capsys.readouterr().err.strip()
     assert len(err.splitlines()) == 1 and "epoch 1" in err and "--lr" in err
 
