@@ -25,7 +25,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 import zipfile
@@ -237,12 +236,13 @@ def normalised_as(data, mean, std):
 AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats
 
 
-def crop_flip(images, generator, part=8):
-    """A random window of the image in a black margin of 1 / part (4 pixels of 32), and a random mirror image:
-    what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip draw, for each image. (N, H, W, 3)
-    uint8."""
+def crop_flip(images, generator, pad=None):
+    """A random window of the image in a black margin of `pad` pixels (an eighth of the image, 4 of 32, if
+    None), and a random mirror image: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip
+    draw, for each image. (N, H, W, 3) uint8."""
     n, height, width, _ = images.shape
-    pad = height // part
+    if pad is None:
+        pad = height // 8
     device = images.device
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=device)
     mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
@@ -261,8 +261,8 @@ def batches(split, batch_size, generator, augment=crop_flip):
     """Yield an epoch of (x, labels): every image once, in random order, augmented. The last batch may be
     short; a last batch of one image is left out, since BatchNorm would take its statistics from that alone.
 
-    Of several processes (ranks) all draw the same order and the same random numbers, and each gets its share
-    of every batch; so that the shares are equal, up to WORLD - 1 images are left out, other ones each epoch.
+    With several processes (ranks) all draw the same order and the same random numbers, and each takes its
+    share of every batch. For equal shares up to WORLD - 1 images, different ones each epoch, are left out.
     """
     order = torch.randperm(len(split.labels), generator=generator, device=generator.device)
     order = order[:len(order) // WORLD * WORLD]
@@ -556,10 +556,11 @@ def base_parser(doc):
     add("--epochs", type=ONE_OR_MORE, help="of stage 1, if there are two")
     add("--batch-size", type=ONE_OR_MORE, help="images per step, of all ranks together")
     add("--lr", type=POSITIVE, help="peak learning rate")
-    add("--weight-decay", type=NOT_NEGATIVE, help="of every trained parameter, biases and normalisation too")
+    add("--weight-decay", type=NOT_NEGATIVE, help="of SGD")
     add("--backbone", choices=list(BACKBONES), help="network below the classifier")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
-        help="auto: on a GPU tf32 for ResNet-32, else bf16; on a CPU fp32. Weights are always fp32")
+        help="auto: on a GPU tf32 for resnet32, resnet32_bn and small, else bf16; on a CPU fp32. Weights are "
+             "always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
     add("--no-graph", action="store_true", help="do not replay the steps as CUDA graphs")
@@ -934,34 +935,21 @@ class Run:
     def epochs(self, stage, total, net, optimizer):
         """Yield the epochs of a stage that are still to do; the script ends each of them with log().
 
-        The state is saved every SAVE_EVERY seconds, after the last epoch, and after the one in which Ctrl-C
-        is pressed. A process that is killed loses what came after the last save.
+        The state is saved after the last epoch, and after every one that ends SAVE_EVERY seconds or more
+        after the last save. What came after that is lost when the process is stopped.
         """
         self.stage, self.total, self.optimizer, self.best_test = stage, total, optimizer, None
-        self.stopped, saved, pause = False, time.monotonic(), SAVE_EVERY
         first = self._resume(net) if self._checkpoint().exists() else 0
-        interrupt = signal.getsignal(signal.SIGINT)
-        if interrupt is signal.default_int_handler and WORLD == 1:
-            signal.signal(signal.SIGINT, self._stop_after_epoch)
+        saved = time.monotonic()
         hidden = True if RANK else None  # None: where there is no terminal
         self.bar = tqdm(range(first, total), stage, total, initial=first, unit="epoch", disable=hidden)
         for self.epoch in self.bar:
             self.began = time.monotonic()
             yield self.epoch
             same_statistics(net)
-            now = time.monotonic()
-            if self.epoch + 1 == total or self.stopped or now - saved > pause:
+            if self.epoch + 1 == total or time.monotonic() - saved > SAVE_EVERY:
                 self._save(net)
                 saved = time.monotonic()
-                pause = max(SAVE_EVERY, 100 * (saved - now))  # saving takes 1 % of the time or less
-            if self.stopped:
-                raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, interrupt)
-
-    def _stop_after_epoch(self, *_):
-        self.stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this epoch; Ctrl-C again stops at once and loses it", file=sys.stderr)
 
     def _checkpoint(self):
         return self.folder / f"{self.stage}.ckpt"  # one per stage: stage 2 goes on from both
@@ -976,7 +964,8 @@ class Run:
             "epoch": self.epoch + 1,
             "history": self.history,
             "best_test": self.best_test})
-        save(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        lines = [json.dumps(line) + "\n" for line in self.history]
+        save(self.folder / "log.jsonl", "".join(lines))
 
     def _resume(self, net):
         """Load the stage's checkpoint; returns the number of epochs done."""
@@ -1201,7 +1190,9 @@ def table(results):
                     sources.append(paper["source"])
                 footnote = sources.index(paper["source"]) + 1
                 reference = f"{paper['all']} {paper['reading']}".strip() + f" [{footnote}]"
-            scores = {group: plus_minus([row["acc"][group] for row in rows]) for group in rows[0]["acc"]}
+            scores = {}
+            for group in rows[0]["acc"]:
+                scores[group] = plus_minus([row["acc"][group] for row in rows])
             hours = np.mean([run["seconds"] for run in runs]) / 3600
             cells = [
                 method,

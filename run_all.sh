@@ -16,13 +16,13 @@ cd "$(dirname "$0")" || exit 2
 refuse() { echo "error: $1" >&2; exit 2; }
 
 (($# <= 1)) || refuse "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]"
-protocol=${1:-synthetic} dataset=$protocol shared="--eval-every 5" rbl="" lort="" default_seeds="0 1 2" largest=500
+protocol=${1:-synthetic} dataset=$protocol shared="--eval-every 5" rbl="" lort="" hinge="" default_seeds="0 1 2" largest=500
 case $protocol in
     synthetic) shared="" default_seeds=0 largest=250 ;;
     cifar10) largest=5000 ;;
     cifar100) ;;
     one-protocol)
-        dataset=cifar100 rbl="--augment crop" lort="--init he"
+        dataset=cifar100 rbl="--augment crop" lort="--init he" hinge="--pad 4"
         shared="--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20" ;;
     *) refuse "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
 esac
@@ -83,8 +83,8 @@ for seed in $SEEDS; do
             begin run lwr --base $base --strength 0
             begin run lwr --base $base
         done
-        for variant in ce ce-etf; do begin run hinge_ce --variant $variant; done
-        ((largest / factor > 50)) || begin run hinge_ce --variant hinge  # else no class is small enough for a cone
+        for variant in ce ce-etf; do begin run hinge_ce --variant $variant $hinge; done
+        ((largest / factor > 50)) || begin run hinge_ce --variant hinge $hinge  # else no class is small enough for a cone
     done
 done
 wait

@@ -34,14 +34,14 @@ HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB). Depar
   and EWB's the weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the
   first, cb to the second. Our bce is exact where p rounds to 1; there WB's code has no gradient.
 - Where WB's text and code differ: ResNet-34 as in the code (text: 32), MaxNorm once an epoch as in the code
-  (text: after every batch), 200 epochs for ce, wd and wb as in the text (code: 320, as EWB's). CIFAR-10 too
-  has WB's mean and deviation and the field's shot groups. For it EWB's text has 0.02 for a lost symbol,
-  perhaps zeta; its file has zeta 0.01.
+  (text: after every batch), 200 epochs for ce, wd and wb as in the text (code: 320, as EWB's). CIFAR-10:
+  normalisation as in WB, shot groups as everywhere here, zeta 0.01 as in EWB's file (its text has a 0.02
+  whose symbol is lost).
 - ImageNet-LT and iNaturalist 2018: no weight decay is published. Ours are the 5e-4 and 1e-4 of other codes,
   with the epochs, batches and rates of WB's text, so no number of a paper stands beside them (WB 53.9, 70.2).
 - As in both codes, stage 2 leaves normalisation in training mode. Our cosine starts at lr; theirs ends at 0.
 - S_B of the Fisher ratio is around the mean of all samples, as in EWB's code (text: of the class means), and
-  the training images are not augmented (code: they are). Where two dimensions are equal, ours is NaN.
+  the training images are not augmented (code: they are). It is NaN if S_W is singular.
 
     python methods/ewb_fdr.py --variant fr-etf
     python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
@@ -151,6 +151,7 @@ CHANGES = {"ce": dict(epochs=200), "wd": dict(epochs=200), "wb": dict(epochs=200
            "synthetic": dict(epochs=15, epochs2=5, backbone="small", lr=0.2, val_per_class=10),  # our demo
            "imagenet-lt": dict(epochs=200, backbone="resnext50_32x4d", zeta=1e-4),
            "inat18": dict(epochs=200, batch_size=512, backbone="resnet50")}
+DECAY = {"synthetic": 1e-3, "imagenet-lt": 5e-4, "inat18": 1e-4}  # weight decay; else 5e-3 (both codes)
 WB = "best epoch, flip", "WB, Table 2 (200 epochs)"
 PAPER = {"ce": (*WB, {"cifar100": {100: 38.38, 50: 43.99, 10: 57.31}}),
          "wd": (*WB, {"cifar100": {100: 46.08, 50: 52.71, 10: 66.03}}),
@@ -181,9 +182,7 @@ def parse_args(argv):
     if args.variant != "fr-etf":
         unused += ("zeta",)
     common.refuse_without_effect(parser, args, f"--variant {args.variant}", *unused)
-    decay = {"synthetic": 1e-3, "imagenet-lt": 5e-4, "inat18": 1e-4}.get(args.dataset, 5e-3)  # codes: 5e-3
-    if args.variant in ("ce", "cb"):
-        decay = 0.0
+    decay = 0.0 if args.variant in ("ce", "cb") else DECAY.get(args.dataset, 5e-3)
     if args.weight_decay is None:
         args.weight_decay = decay
     args.published &= args.weight_decay == decay

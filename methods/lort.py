@@ -21,7 +21,8 @@ Code read: bilibili/LOS. Departures:
 - As in that code, normalisation moves on in stage 2 although f is 'frozen' (--bn train), and convolutions
   start from PyTorch's default (--init torch). Table 1's features are computed once, of plain images and their
   mirrors: on one network (lwr.py's bs, 40 epochs) lort has 35.9 so, 36.6 by the recipe (tried_results.jsonl).
-- ImageNet-LT, iNaturalist 2018: our decays and our rate of stage 2, so no number of the paper stands beside.
+- ImageNet-LT, iNaturalist 2018: weight decays and stage 2's learning rate are ours, so no number of the
+  paper stands beside.
 
     python methods/lort.py [--stage1 runs/.../weights.pt [--retrain all]]
 """
@@ -63,9 +64,9 @@ class Classifier(nn.Module):
     """w (K, D) and b (K,) of stage 1, a method of Table 1 and its constant s. forward: the z (B, K) that are
     tested. cosine is trained on f / |f|, but tested on f, which changes no decision and keeps z affine."""
 
-    def __init__(self, fc, method, s=None, rate=0.0, decay=0.0):
+    def __init__(self, fc, method, s=None, lr=0.0, weight_decay=0.0):
         super().__init__()
-        self.method, self.s, self.rate, self.decay = method, s, rate, decay
+        self.method, self.s, self.lr, self.weight_decay = method, s, lr, weight_decay
         self.w = nn.Parameter(fc.weight.detach().clone(), requires_grad=method != "lws")
         self.b = nn.Parameter(fc.bias.detach().clone(), requires_grad=method != "lws")
         self.c = nn.Parameter(torch.ones_like(self.b), requires_grad=method == "lws")
@@ -118,7 +119,7 @@ PAPER |= {row: (*SOURCE, {"cifar100": {100: percent}}) for row, percent in TABLE
 STAGE_1 = ("epochs", "lr", "weight_decay")
 TRAINED = ("cosine", "lws", "ldam", "bs", "re-sampling", "focal", "cb", "max-norm", "lort")
 CONSTANTS = {"cosine": (1, 16), "ldam": (0.5, 2, 8), "focal": (1, 2), "cb": (0.9999,)}  # s to choose from
-RATES = ((0.01, 0), (0.01, 5e-3), (0.01, 0.1), (0.1, 0), (0.1, 5e-3), (1.0, 0))  # rate, decay; WB: 3rd
+RATES = ((0.01, 0), (0.01, 5e-3), (0.01, 0.1), (0.1, 0), (0.1, 5e-3), (1.0, 0))  # lr, weight decay; WB: 3rd
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -150,8 +151,10 @@ def parse_args(argv):
 def retrain(run, args, method, candidates, feat, labels, n):
     """Train classifiers on the same batches. feat (2N, D), labels (2N,): of N images and of their mirrors."""
     groups = []
-    for candidate in candidates:  # one optimizer of rate 1: loss and decay of each are times its own rate
-        decay = candidate.rate * candidate.decay
+    # SGD with learning rate r and weight decay d is SGD with learning rate 1 on r loss and weight decay r d,
+    # so all candidates share one optimizer
+    for candidate in candidates:
+        decay = candidate.lr * candidate.weight_decay
         groups.append({"params": list(candidate.parameters()), "weight_decay": decay})
     optimizer = torch.optim.SGD(groups, torch.tensor(1.0, device=run.device), momentum=0.9, fused=True)
     delta = common.max_norm_threshold(candidates[0].w)
@@ -165,7 +168,9 @@ def retrain(run, args, method, candidates, feat, labels, n):
         losses = []
         for index in order[:len(labels) // 2].split(args.batch_size):           # as many as there are images
             f, y = feat[index], labels[index]
-            loss = sum(z.rate * table_1_loss(z, f, y, n) for z in candidates)
+            loss = 0
+            for candidate in candidates:
+                loss = loss + candidate.lr * table_1_loss(candidate, f, y, n)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,8 +204,8 @@ def table_1(run, args, net, data, stage1_flags):
             scores.append(common.report(candidate(val, n), data.val.labels, data.counts)["all"])
         best = candidates[scores.index(max(scores))]
         run.score(method, lambda f: best(f, n), strength=None if method in TRAINED else best.s)
-        metrics[method] = {"rate": best.rate, "decay": best.decay, "s": best.s, "val": max(scores)}
-    net.fc = run.classifiers[method]                                            # lort
+        metrics[method] = {"lr": best.lr, "weight_decay": best.weight_decay, "s": best.s, "val": max(scores)}
+    net.fc = run.classifiers["lort"]
     run.finish(net, **metrics)
 
 

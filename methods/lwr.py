@@ -35,10 +35,10 @@ public. Departures and choices where the poster is silent
   give.
 - strength 0.1, the linear ramp and dot are ours and not tuned; --schedule and --form keep the alternatives.
   To choose among them, --val-per-class 20 holds images out and reports the accuracy on them.
-- Neither form fits that bs network: 43 of its 4,950 pairs have a cosine above 0.4, and none above 0.56. The
-  poster's theta = 0.6 gains 3.6, and would repel no pair; its theta = -1 gains 3.8, where dot pushes every
-  w_i along the sum of all w_j, which softmax ignores, and along -w_i, which projection removes. So the
-  poster's vectors are closer to each other, or its gate is another.
+- R does not explain the poster's numbers on that bs network: 43 of its 4,950 pairs have a cosine above 0.4
+  and none above 0.56, yet the poster gains 3.6 with theta = 0.6, where R would be 0. With theta = -1 (poster:
+  +3.8) R moves every w_i by the same vector, minus the sum of all w_j, which softmax ignores, and along w_i,
+  which projection removes. So the poster's vectors are closer to each other, or its gate is another.
 - ImageNet-LT: the poster names ResNet-50; the rest of the recipe is naver-ai/cmo's, so no number of the
   poster stands beside it (bs 48.7, with R 51.5). With several processes ce-drw's mean is over the weights of
   each one's share.

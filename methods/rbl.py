@@ -52,9 +52,9 @@ import common
 
 
 def expm(a):
-    """Matrix exponential of a (d, d) with |a| < 100, to rounding: the Taylor series of a / 256, squared eight
-    times. e = exp - I is kept in place of exp, whose 1 would swallow the small digits. (torch.matrix_exp
-    can't be captured: it waits for a norm.)"""
+    """Matrix exponential of a (d, d), |a| < 100: the Taylor series of a / 256, squared eight times. Computed
+    as e = exp - I, since adding I early rounds small entries off. (torch.matrix_exp waits for the GPU, so
+    that it cannot be captured in a CUDA graph.)"""
     a = a / 256
     identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
     series = identity

@@ -386,13 +386,13 @@ def test_lort_metrics():
 COUNTS = [90.0, 30.0, 9.0, 2.0]
 
 
-def head(method, s=None, rate=0.1, decay=0.0, seed=0):
+def head(method, s=None, lr=0.1, weight_decay=0.0, seed=0):
     """A lort.Classifier in float64: 4 classes, 3 dimensions."""
     fc = torch.nn.Linear(3, 4).double()
     with torch.no_grad():
         fc.weight.copy_(rand(4, 3, seed=seed))
         fc.bias.copy_(rand(4, seed=seed + 1))
-        classifier = lort.Classifier(fc, method, s, rate, decay)
+        classifier = lort.Classifier(fc, method, s, lr, weight_decay)
         if method == "lws":
             classifier.c.copy_(0.5 + torch.rand(4, generator=torch.Generator().manual_seed(seed)))
     return classifier
