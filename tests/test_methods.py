@@ -308,29 +308,11 @@ def test_lwr_value_and_gradient(theta):
         assert ((gradients[False] * weight).sum(1).abs() > 1e-3).any()
 
 
-def test_lwr_gate_at_its_ends_and_the_other_forms():
-    weight = rand(6, 4).float()
-    weight[1], weight[2] = weight[0], -weight[0]  # parallel and opposite pairs
-    assert lwr.gate(weight, 1.0).sum() == 0 and lwr.gate(weight, -1.0).sum() == 30
-    cosine = F.cosine_similarity(weight[:, None], weight[None], dim=2)
-    chosen = (cosine > 0.2) & ~torch.eye(6).bool()
-    slow = [math.log(1 + sum(math.exp(weight[i] @ weight[j]) for j in range(6) if chosen[i, j])) for i in range(6)]
-    for project in (True, False):
-        assert lwr.lwr(weight, 0.2, project, "lse").item() == pytest.approx(sum(slow) / 6, rel=1e-5)
-
-
-def test_lwr_lse_gradient():
-    """Where softmax would share w_i's repulsion among its neighbours; none at theta = 1, tangential with projection."""
-    weight = (rand(7, 5) + 0.7).requires_grad_()
-    gradient = {(theta, project): torch.autograd.grad(lwr.lwr(weight, theta, project, "lse"), weight)[0]
-                for theta in (0.4, 1.0) for project in (True, False)}
-    share = torch.where(lwr.gate(weight, 0.4), (weight @ weight.T).exp(), 0)
-    share = (share / (1 + share.sum(1, keepdim=True))).detach()
-    assert torch.allclose(gradient[0.4, False], (share + share.T) @ weight / 7)
-    direction = F.normalize(weight.detach())
-    tangential = gradient[0.4, False] - (gradient[0.4, False] * direction).sum(1, keepdim=True) * direction
-    assert torch.allclose(gradient[0.4, True], tangential) and tangential.abs().max() > 1e-3
-    assert (gradient[1.0, True] == 0).all() and (gradient[1.0, False] == 0).all()
+def test_lwr_gate_at_its_ends():
+    for seed in range(20):
+        weight = rand(9, 4, seed=seed).float()
+        weight[1] = 3 * weight[0]  # parallel: the cosine may round to more than 1
+        assert lwr.gate(weight, 1.0).sum() == 0 and lwr.gate(weight, -1.0).sum() == 72
 
 
 def test_lwr_base_losses():
@@ -348,7 +330,6 @@ def test_lwr_base_losses():
     drw = lwr.base_loss(logits, labels, log_counts, weights, "ce-drw", 0)
     assert drw.item() == pytest.approx(sum(a * b for a, b in zip(w.tolist(), expected["la"])) / w.sum().item())
     assert lwr.base_loss(logits, labels, log_counts, weights, "focal", 0.0).item() == pytest.approx(sum(expected["la"]) / 5)
-    assert [lwr.strength_at(0.5, s) for s in ("ramp", "const", "square", "deferred", "falling")] == [0.5, 1.0, 0.25, 0.0, 0.5]
 
 
 # ---- LORT

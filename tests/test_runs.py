@@ -160,6 +160,17 @@ def test_strength_zero_and_theta_one_are_the_base(call, tmp_path):
     assert same(base, gated) and not same(base, lwr)
 
 
+def test_the_ramp_of_lwr_begins_at_zero(call, tmp_path):
+    nets = {}
+    for name, flags in {"base": ("--strength", "0"), "ramp": ("--theta", "-1"), "const": ("--theta", "-1", "--schedule", "const")}.items():
+        assert call("lwr", "--epochs", "1", *flags, out=tmp_path / name) == 0
+        nets[name] = saved(tmp_path / name)["net"]
+    assert same(nets["base"], nets["ramp"]) and not same(nets["base"], nets["const"])
+    assert call("lwr", "--epochs", "2", "--theta", "-1", out=tmp_path / "ramp 2") == 0
+    assert call("lwr", "--epochs", "2", "--strength", "0", out=tmp_path / "base 2") == 0
+    assert not same(saved(tmp_path / "base 2")["net"], saved(tmp_path / "ramp 2")["net"])
+
+
 def test_eval_every_reports_the_best_and_changes_nothing(call, tmp_path):
     for every in ("0", "1", "9"):
         assert call("hinge_ce", *TINY, "--eval-every", every, out=tmp_path / every) == 0
