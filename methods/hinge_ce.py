@@ -148,12 +148,14 @@ def parse_args(argv):
     add("--tau-major", type=angle, help="radians: the cone of all other classes; 0 is none")
     add("--tau-minus", choices=["pi", "theta"], help="pi: none; theta: theta_K - tau+ (Theorem 1)")
     add("--minor", type=common.ZERO_OR_MORE, help="classes of at most so many training images get a cone")
-    add("--pad", type=common.ZERO_OR_MORE, help="pixels of the margin in which images are cropped")
+    add("--pad", type=common.number(int, 0, 33), help="pixels of the margin in which images are cropped")
     add("--warmup", type=common.ZERO_OR_MORE, help="epochs in which the rate rises")
     args = common.parse(parser, argv, RECIPE, CHANGES)
     if args.variant != "hinge":
         of_cones = ("tau_plus", "tau_major", "tau_minus", "minor")
         common.refuse_without_effect(parser, args, f"--variant {args.variant}", *of_cones)
+    if args.dataset in common.LISTS or args.image_size:
+        common.refuse_without_effect(parser, args, "photographs, which are cropped as ImageNet's are", "pad")
     return args
 
 

@@ -53,6 +53,7 @@ def test_flags_without_effect_where_they_would_falsify_an_ablation(refused):
     refused("hinge_ce", "--variant", "ce", "--tau-plus", "1", words=["--tau-plus", "--variant ce"])
     refused("lwr", "--strength", "0", "--theta", "0", words=["--theta", "--strength 0"])
     refused("lwr", "--tau", "2", words=["--tau", "--base bs"])
+    refused("hinge_ce", "--dataset", "imagenet-lt", "--pad", "4", words=["--pad", "photographs"])
     refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
     refused("hinge_ce", "--tau-plus", "0", words=["no class has a cone"])
 

@@ -103,14 +103,15 @@ def test_synthetic_set_and_its_validation_images():
 
 # ---- batches
 
-def test_crop_and_flip_equal_the_slow_version():
+@pytest.mark.parametrize("flags, pad", [({}, 4), ({"pad": 2}, 2), ({"pad": 0}, 0)])
+def test_crop_and_flip_equal_the_slow_version(flags, pad):
     images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8)
-    fast = common.crop_flip(images, torch.Generator().manual_seed(3))
+    fast = common.crop_flip(images, torch.Generator().manual_seed(3), **flags)
     draws = torch.Generator().manual_seed(3)
-    top, left = torch.randint(0, 9, (2, 40), generator=draws)
+    top, left = torch.randint(0, 2 * pad + 1, (2, 40), generator=draws)
     mirror = torch.rand(40, 1, 1, 1, generator=draws).flatten() < 0.5
     for k in range(40):
-        image = ImageOps.expand(Image.fromarray(images[k].numpy()), 4, 0)
+        image = ImageOps.expand(Image.fromarray(images[k].numpy()), pad, 0)
         image = image.crop((int(left[k]), int(top[k]), int(left[k]) + 32, int(top[k]) + 32))
         image = ImageOps.mirror(image) if mirror[k] else image
         assert (np.asarray(image) == fast[k].numpy()).all()
@@ -256,10 +257,13 @@ def test_on_a_cpu_the_step_is_not_wrapped():
 
 def test_parameter_counts_and_shapes():
     sizes = {name: sum(p.numel() for p in make(100).parameters()) for name, make in common.BACKBONES.items()}
-    assert sizes["resnet32"] == 470_004 and 21_300_000 < sizes["resnet34"] < 21_360_000
+    assert sizes["resnet32"] == 470_004 == sizes["resnet32_bn"] - 128 and 21_300_000 < sizes["resnet34"] < 21_360_000
     assert sum(p.numel() for p in common.BACKBONES["resnet32"](10).parameters()) == 464_154
-    for name, dim in (("resnet32", 64), ("resnet34", 512), ("small", 64)):
+    for name, dim in (("resnet32", 64), ("resnet32_bn", 64), ("resnet34", 512), ("small", 64)):
         net = common.BACKBONES[name](7)
+        feat = net.features(torch.randn(8, 3, 32, 32))
+        assert (feat.min() < 0) == (name == "resnet32_bn")
+        assert feat.mean(0).abs().max() < 1e-5 or name != "resnet32_bn"  # normalised over images and pixels
         assert net.features(torch.randn(2, 3, 32, 32)).shape == (2, dim) and net.fc.weight.shape == (7, dim)
 
 

@@ -590,6 +590,22 @@ def test_numerical_rank_and_within_class_spread():
     assert hinge_ce.numerical_rank(torch.eye(4).repeat(2, 1), torch.tensor([0] * 4 + [1] * 4)) == pytest.approx(4)
 
 
+def test_the_recipe_of_menon():
+    net = common.BACKBONES["resnet32_bn"](100)
+    etf = common.simplex_etf(100, 128, torch.Generator().manual_seed(0))
+    net.fc = hinge_ce.Head(64, 128, 100)
+    assert net.fc.projector.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert net.fc.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05) and net.fc.classifier.bias is not None
+    fixed = hinge_ce.Head(64, 128, 100, etf).classifier
+    assert fixed.weight.equal(etf) and not fixed.weight.requires_grad and fixed.bias is None
+    decayed, others = hinge_ce.decay_of_weights(net, 2e-4)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (2e-4, 0)
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in (decayed, others)]
+    assert sorted(groups[0] + groups[1]) == sorted(names.values())
+    assert all(name.endswith("weight") and "bn" not in name for name in groups[0]) and len(groups[0]) == 33  # 31 convolutions
+
+
 # ---- the schedules
 
 def test_schedules_follow_the_papers_recipes():
