@@ -29,8 +29,11 @@ Departures and choices where the paper is silent (no official code is known)
 - ImageNet-LT: weight decay 1e-4 as printed; initial values and what decays are as on CIFAR (the paper is
   silent).
 - No warm-up on CIFAR, as the paper says; on ImageNet-LT one epoch (there 100 steps).
-- Tried (tests/tried_results.jsonl): with the usual ResNet-32, crops of 4 pixels, PyTorch's initial values and
-  a weight decay of 1e-4 for all parameters, hinge and ce-etf both have 37.3 (CIFAR-100-LT, IF 100, seed 0).
+- CIFAR-100-LT, IF 100, seed 0: ce has 39.6, as in the paper, but hinge 39.5. Its cones change nothing: none
+  of the training images of minor classes ends in one. At |u| = 51 softmax is content at a median of 69
+  degrees from w_y, the nearest at 61, and the cone is 40. What makes the paper's cones matter is unknown.
+- Tried (tests/tried_results.jsonl): the usual ResNet-32, crops of 4 pixels, PyTorch's initial values and a
+  weight decay of 1e-4 for all parameters; then hinge and ce-etf have 37.3 each.
 
     python methods/hinge_ce.py --variant hinge
 """
