@@ -32,9 +32,9 @@ public. Departures and choices where the poster is silent
 - focal is LDAM-DRW's, with its gamma of 1; naver-ai/cmo multiplies it by 10.
 - The poster's means of the shot groups fit 35, 36 and 29 classes, which other counts than the field's subset
   give.
-- strength 0.1 and the linear ramp are ours. R gains nothing that one seed could show. 40 epochs, 100
-  validation images a class, accuracy on them (tests/tried_results.jsonl): bs 39.0; strength 1 and const, which
-  leaves no pair above 0.4, 38.6; the same with theta = -1, 39.3; a log-sum-exp over the pairs above 0, 36.1.
+- strength 0.1 and the linear ramp are ours. R gains nothing that one seed could show. Accuracy on 100
+  validation images a class after 40 epochs (tests/tried_results.jsonl): bs 39.0; strength 1 and const, which
+  leaves no pair above 0.4, 38.6; the same with theta = -1 39.3; a log-sum-exp over pairs above 0 36.1.
 - R does not explain the poster's numbers on that bs network: 43 of its 4,950 pairs have a cosine above 0.4
   and none above 0.56, yet the poster gains 3.6 with theta = 0.6, where R would be 0. With theta = -1 (poster:
   +3.8) R moves every w_i by the same vector, minus the sum of all w_j, which softmax ignores, and along w_i,
