@@ -1130,6 +1130,7 @@ class Run:
 
 NOT_IN_TABLE = r" --(seed|out|device|data-root|eval-every)[ =]('[^']*'|\S+)"  # flags of a command
 
+
 def load_results(path):
     """The results in every result.json below a folder, or in the lines of a file."""
     results = []
