@@ -46,9 +46,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 # ------------------------------------------------------------ 1 data
 
 DATASETS = ("cifar10", "cifar100", "synthetic", "imagenet-lt", "inat18", "places-lt")
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10; the field uses them for CIFAR-100 too
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # the usual constants, for CIFAR-100 too
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
-FINGERPRINTS = {  # of the field's standard subsets: sha256 of the indices, first 16 digits
+FINGERPRINTS = {  # of the standard subsets: sha256 of the indices, first 16 digits
     "cifar10": {10: "a17d69f192b1cf6d", 50: "d7edcfaf02772bee",
                 100: "4bf45bff8878d278", 200: "a88004a1d1361093"},
     "cifar100": {10: "b4fbf1bf0a7f3338", 50: "561fa940cc7d3551",
@@ -59,7 +59,7 @@ class Split(NamedTuple):
     images: torch.Tensor  # (N, H, W, 3) uint8, or an ImageFile
     labels: torch.Tensor  # (N,) int64
     mean: torch.Tensor    # (3,) float32; mean and std are of grey levels, 0..255
-    std: torch.Tensor
+    std: torch.Tensor     # (3,)
     # of photographs to train on, which are here squashed to squares; else None and 0
     sizes: torch.Tensor | None = None  # (N, 2) width and height of the originals
     crop: int = 0         # pixels a side that the network sees
@@ -72,7 +72,8 @@ class Data(NamedTuple):
     test: Split
     counts: list   # training images per class
     classes: list  # their names
-    subset: dict   # total, sha256 of the subset, before images are held out; content: sha256 of all images
+    subset: dict   # total, sha256 of the subset, before images are held out; content: sha256 of all images,
+                   # of files their names and, of your own, lengths
 
 
 def exp_counts(n_max, num_classes, imb_factor):
@@ -95,7 +96,7 @@ def shuffled_classes(labels, num_classes, seed):
 
 
 def first_of_each(shuffled, counts):
-    """The indices of the first counts[c] images of each shuffled class; so the field draws its subset."""
+    """The indices of the first counts[c] images of each shuffled class, as the standard subset is drawn."""
     return np.concatenate([index[:n] for n, index in zip(counts, shuffled)])
 
 
@@ -169,9 +170,9 @@ def long_tail(parts, args):
     sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
     if args.subset_seed == 0 and sha256 != standard:
-        fail(f"the subset's sha256 is {sha256}, not the field's {standard}: these are other images")
+        fail(f"the subset's sha256 is {sha256}, not the standard {standard}: these are other images")
 
-    # validation images: the next ones of each class; where none are left (the head), it gives up its last
+    # validation images: those after the subset's; a class without spare images (the head) gives up its last
     n_val = args.val_per_class
     if n_val and "val" in parts:
         fail(f"--val-per-class {n_val}: {args.dataset} has validation images of its own")
@@ -222,7 +223,7 @@ def load_data(args, device):
 
 
 def normalised_as(data, mean, std):
-    """The same Data with another mean and deviation: a network is always fed as it was trained."""
+    """The same Data with another mean and std: a network is always fed as it was trained."""
     for part in ("train", "val", "test"):
         split = getattr(data, part)
         if split is not None:
@@ -238,18 +239,18 @@ AT_ONCE = 2**25  # values that are augmented together, 128 MB as floats
 
 def crop_flip(images, generator, pad=None):
     """A random window of the image in a black margin of `pad` pixels (an eighth of the image, 4 of 32, if
-    None), and a random mirror image: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip
+    None), randomly flipped: what torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip
     draw, for each image. (N, H, W, 3) uint8."""
     n, height, width, _ = images.shape
     if pad is None:
         pad = height // 8
     device = images.device
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=device)
-    mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
+    flipped = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view, (N, 2 pad + 1, 2 pad + 1, 3, H, W)
     images = windows[torch.arange(n, device=device), top, left].permute(0, 2, 3, 1)
-    return torch.where(mirrored, images.flip(2), images)
+    return torch.where(flipped, images.flip(2), images)
 
 
 def normalise(images, split):
@@ -394,22 +395,13 @@ def class_balanced_weights(counts, beta):
     return (v / v.mean()).float()
 
 
-def log_one_minus_softmax(logits):
-    """log(1 - p_j), p = softmax(logits), (B, K), exact where p_j is nearly 1 too: that can only be the
-    largest one, whose 1 - p_j is the sum of the others."""
-    total = logits.logsumexp(1, keepdim=True)                                   # (B, 1)
-    rest = torch.log1p(-(logits - total).clamp(max=-0.5).exp())                 # right where p_j <= 1/2
-    largest = logits.argmax(1, keepdim=True)
-    others = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
-    return rest.scatter(1, largest, others - total)
-
-
 def class_balanced_bce(logits, labels, weights):
     """WB's loss: the mean over i, j of c_y BCE(p_ij, [j = y]), p = softmax(logits). logits (B, K), labels y
     (B,), weights c (K,)."""
     own = F.one_hot(labels, logits.shape[1]).bool()                             # (B, K)
-    bce = -torch.where(own, logits.log_softmax(1), log_one_minus_softmax(logits))
-    return (weights[labels][:, None] * bce).mean()
+    p = logits.double().softmax(1).clamp(max=1 - 1e-15)  # in fp32, 1 - p rounds to 0 where p is nearly 1
+    bce = -torch.where(own, logits.log_softmax(1), torch.log1p(-p))
+    return (weights[labels][:, None] * bce).mean().to(logits.dtype)
 
 
 @torch.no_grad()
@@ -429,8 +421,8 @@ def max_norm_threshold(weight):
 
 
 @torch.no_grad()
-def features(net, split, mirrored=False):
-    """net.features(x) of the plain images or of their mirror images, (N, D) float32, in evaluation mode. Each
+def features(net, split, flipped=False):
+    """net.features(x) of the images or of their horizontal flips, (N, D) float32, in evaluation mode. Each
     rank computes its share, and all get the whole."""
     same_statistics(net)
     training = net.training
@@ -445,7 +437,7 @@ def features(net, split, mirrored=False):
             extent = 7 / 8 * sizes.amin(1, keepdim=True) / sizes                # (n, 2)
             images = resample(images, (1 - extent) / 2, extent, split.crop)
         x = normalise(images, split)
-        mine.append(net.features(x.flip(3) if mirrored else x))
+        mine.append(net.features(x.flip(3) if flipped else x))
     net.train(training)
     feat = torch.cat(mine)
     if WORLD > 1:
@@ -547,7 +539,7 @@ def base_parser(doc):
     add("--data-root", help="where the data are (./data), or where the paths in your lists begin (the lists)")
     add("--imb-factor", type=imbalance, default=100.0,
         help="images of the largest class over those of the smallest; natural: all images")
-    add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the field's subset")
+    add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the standard subset")
     add("--val-per-class", type=ZERO_OR_MORE, default=0, help="validation images per class, never trained on")
     add("--image-size", type=number(int, 16, 4096), help="photographs: pixels a side of the network's input")
     add("--cache-size", type=number(int, 16, 4096), default=256,
@@ -574,7 +566,7 @@ def parse(parser, argv, recipe, changes):
     then changes[variant], then changes[dataset]; the later ones win.
 
     args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
-    ours. listed_images(), lwr and lort may lower it.
+    ours. listed_images() and the scripts may lower it.
     """
     recipe = {"subset_seed": 0, "val_per_class": 0, "image_size": None} | recipe  # the papers have these too
     argv = sys.argv[1:] if argv is None else argv
@@ -631,7 +623,7 @@ def leave_ranks():
 
 
 def set_lr(optimizer, lr):
-    """In place: the rate is a tensor, which a captured step reads anew."""
+    """In place: the learning rate is a tensor, which a captured step reads anew."""
     for group in optimizer.param_groups:
         group["lr"].fill_(lr)
 
@@ -640,8 +632,8 @@ def captured(step, net, optimizer, enabled=True):
     """step(x, labels) -> loss as one CUDA graph per batch size; on a CPU, or if not enabled, step itself. Of
     several ranks, the same step with gradients averaged over them.
 
-    The step must read nothing back to the host, and what changes between steps (the rate, a ramp, class
-    weights) must be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights,
+    The step must read nothing back to the host, and what changes between steps (the learning rate, a ramp,
+    class weights) must be a tensor that is changed in place; the optimizer is SGD. Capturing leaves weights,
     buffers and momentum as they were. Where it fails, training goes on with step itself, from the same state.
     """
     if WORLD > 1:
@@ -680,7 +672,7 @@ def captured(step, net, optimizer, enabled=True):
             return loss.clone()
         return replay
 
-    def tried(x, labels):
+    def capture_or_step(x, labels):
         """A replay that worked once, or step; the state is as it was."""
         before = snapshot()
         try:
@@ -695,7 +687,7 @@ def captured(step, net, optimizer, enabled=True):
 
     def captured_step(x, labels):
         if len(x) not in graphs:
-            graphs[len(x)] = tried(x, labels)
+            graphs[len(x)] = capture_or_step(x, labels)
         return graphs[len(x)](x, labels)
     return captured_step
 
@@ -716,7 +708,7 @@ def save(path, content, every_rank=False):
         if isinstance(content, str):
             temporary.write_text(content, "utf-8")
         else:
-            buffer = io.BytesIO()  # torch.save on a full disk raises another error than a full disk's
+            buffer = io.BytesIO()  # so that a full disk raises OSError, which torch.save does not
             torch.save(content, buffer)
             temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)
@@ -1024,12 +1016,12 @@ class Run:
         self.history[-1] |= extra
 
     def compute_test_features(self, net):
-        """Of the test images and their mirror images, for score() and finish(). Every fc here is an affine
+        """Of the test images and their horizontal flips, for score() and finish(). Every fc here is an affine
         map, so the logits of a mean feature are the mean logits."""
         self.feat = features(net, self.data.test)                               # (N, D)
-        mirrored = features(net, self.data.test, mirrored=True)
-        self.feat_flip = (self.feat + mirrored) / 2
-        self.classifiers = {}  # of rows scored before, as lort's stage 1: they belong to another network
+        flipped = features(net, self.data.test, flipped=True)
+        self.feat_flip = (self.feat + flipped) / 2
+        self.classifiers = {}  # forget those of earlier rows: lort's stage 1 was another network
 
     @torch.no_grad()
     def score(self, row, classifier, best_test=None, strength=None):
@@ -1255,8 +1247,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class Lists(NamedTuple):
     name: str      # the lists are NAME_train.txt and so on, of lines `path label`
-    test: str      # the list that the field tests on
-    known: tuple   # the field's files: git's ids of their contents, first 8 digits
+    test: str      # the list that results are reported on
+    known: tuple   # the standard files: git's ids of their contents, first 8 digits
     jitter: float  # of brightness, contrast and saturation in training
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
@@ -1343,9 +1335,9 @@ def own_images(folder, root):
 
 
 def listed_images(args):
-    """Like own_images(): a data set of the field's lists, which lie in --data-root as the images do. Classes
+    """Like own_images(): a data set of the standard lists, which lie in --data-root as the images do. Classes
     are numbered as in the lists and named by the folders. Lowers args.published if a list is not the
-    field's."""
+    standard one."""
     lists, root = LISTS[args.dataset], Path(args.data_root or "data")
     parts, names = {}, {}
     for part, name in (("train", "train"), ("test", lists.test), ("val", "val")):
@@ -1362,7 +1354,7 @@ def listed_images(args):
         names |= {int(label): file.parent.name for file, label in listed}
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if blob[:8] not in lists.known:
-            print(f"{path} is not the field's list: no paper's number stands beside the result")
+            print(f"{path} is not the standard list: no paper's number stands beside the result")
             args.published = False
     trained = np.unique(parts["train"][1])
     if sorted(names) != list(range(len(trained))):
@@ -1425,7 +1417,7 @@ def names_and_lengths(paths, args):
     return str([names, lengths]).encode()
 
 
-def decode(file, paths, kind, side, own):
+def write_squares(file, paths, kind, side, own):
     """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
     original and a digest of its pixels. What cannot be read is named together."""
     os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
@@ -1448,8 +1440,8 @@ def decode(file, paths, kind, side, own):
     return [size for size, _ in done], [digest for _, digest in done]
 
 
-def decoded(paths, kind, side, args):
-    """(ImageFile, sizes, digests): decode() into a file in .cache, unless that was done before."""
+def cached_squares(paths, kind, side, args):
+    """(ImageFile, sizes, digests): write_squares() into a file in .cache, unless that was done before."""
     own = args.dataset not in LISTS
     folder = Path(args.data_root or (args.dataset if own else "data"), ".cache")
     times = [path.stat().st_mtime_ns for path in paths if own and path.exists()]
@@ -1462,7 +1454,7 @@ def decoded(paths, kind, side, args):
     try:
         if not (index.exists() and pixels.exists()):
             with open(pixels, "wb") as file:
-                found = decode(file, paths, kind, side, own)
+                found = write_squares(file, paths, kind, side, own)
             save(index, json.dumps(found), every_rank=True)
     finally:
         os.close(handle)
@@ -1476,12 +1468,12 @@ def small_squares(parts, args, device):
     try:
         side = open_image(first).width
     except ValueError:
-        side = 32  # decode() names it, with the others that cannot be read
+        side = 32  # any will do: write_squares() names all that cannot be read
     if not 16 <= side <= 256:  # of one photograph, before all are read
         fail(f"{first} has {side} pixels a side: small images have 16 to 256, for others give --image-size")
     images, digests = {}, {}
     for part, (paths, labels) in parts.items():
-        file, _, digests[part] = decoded(paths, "exact", side, args)
+        file, _, digests[part] = cached_squares(paths, "exact", side, args)
         images[part] = file.read(np.arange(len(paths))).numpy(), labels
     mean, std = mean_and_std(images["train"][0])
     return on_device(images, mean, std, device), digests
@@ -1490,7 +1482,7 @@ def small_squares(parts, args, device):
 def photographs(parts, args, device):
     """({part: Split}, digests) of {part: (paths, labels)}: those for training squashed, with the sizes of the
     originals, to be cropped on the device; the others as the test sees them."""
-    lists = LISTS.get(args.dataset, Lists("", "", (), 0.0))  # your own have ImageNet's mean and deviation
+    lists = LISTS.get(args.dataset, Lists("", "", (), 0.0))  # your own have ImageNet's mean and std
     mean = 255 * torch.tensor(lists.mean, device=device)
     std = 255 * torch.tensor(lists.std, device=device)
     crop = args.image_size or 224
@@ -1498,11 +1490,11 @@ def photographs(parts, args, device):
     for part, (paths, labels) in parts.items():
         labels = torch.as_tensor(labels, device=device)
         if part == "train":
-            images, sizes, digests[part] = decoded(paths, "squashed", args.cache_size, args)
+            images, sizes, digests[part] = cached_squares(paths, "squashed", args.cache_size, args)
             sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
             splits[part] = Split(images, labels, mean, std, sizes, crop, lists.jitter)
         else:
-            images, _, digests[part] = decoded(paths, "central", crop, args)
+            images, _, digests[part] = cached_squares(paths, "central", crop, args)
             splits[part] = Split(images, labels, mean, std)
     return splits, digests
 
@@ -1524,15 +1516,15 @@ def read_files(parts, args, device):
 
 
 def photograph_batches(split, order, batch_size, generator):
-    """batches() of photographs: RandomResizedCrop, mirror image and ColorJitter."""
+    """batches() of photographs: RandomResizedCrop, horizontal flip and ColorJitter."""
     on_host = order.cpu()  # once per epoch: reading a batch then waits for nothing
     for index, files in zip(order.split(batch_size), on_host.split(batch_size)):
         draws = torch.rand(len(index), 22 + 1 + 6, generator=generator, device=order.device)
-        box, mirror, colours = draws[RANK::WORLD].split((22, 1, 6), dim=1)
+        box, flip, colours = draws[RANK::WORLD].split((22, 1, 6), dim=1)
         index = index[RANK::WORLD]
         start, extent = crop_boxes(box, split.sizes[index])
         images = take(split, files[RANK::WORLD])
-        x = resample(images, start, extent, split.crop, mirrored=mirror[:, 0] < 0.5)
+        x = resample(images, start, extent, split.crop, flipped=flip[:, 0] < 0.5)
         if split.jitter:
             x = colour_jitter(x, colours, split.jitter)
         yield normalise(x, split), split.labels[index]
@@ -1558,18 +1550,18 @@ def crop_boxes(u, sizes):
     return start / sizes, extent / sizes
 
 
-def resample(images, start, extent, size, mirrored=None):
+def resample(images, start, extent, size, flipped=None):
     """Pillow's bilinear resize, with antialiasing, of a box of each image: (n, S, S, 3) uint8 -> (n, size,
     size, 3) float in 0..255, as two matrix products. start, extent (n, 2): x and y of the box, as parts of
-    the side; mirrored (n,)."""
+    the side; flipped (n,)."""
     side = images.shape[1]
     pixel = torch.arange(side, device=images.device) + 0.5                      # (S,)
     grid = (torch.arange(size, device=images.device) + 0.5) / size              # (size,)
     weights = []
     for k in (0, 1):  # x, y
         at = grid.expand(len(images), size)
-        if k == 0 and mirrored is not None:
-            at = torch.where(mirrored[:, None], 1 - grid, grid)
+        if k == 0 and flipped is not None:
+            at = torch.where(flipped[:, None], 1 - grid, grid)
         centre = side * (start[:, k, None] + extent[:, k, None] * at)           # (n, size)
         width = (side / size * extent[:, k]).clamp(min=1)  # (n,) of the triangular filter
         w = (1 - (pixel - centre[..., None]).abs() / width[:, None, None]).clamp(min=0)

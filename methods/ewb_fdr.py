@@ -21,27 +21,27 @@ adjustment.
 
 To reproduce, CIFAR-100-LT, IF 100, ResNet-34: ce 38.4, wd 46.1, wb 53.4 (WB, Tables 1 and 2, 200 epochs; the
 released log of its code, 320 epochs, last one, without flip: 39.1, 46.8, 51.8); fr-etf with multiplicative
-adjustment 53.0 (as quoted by LORT); the Fisher ratio rises wd < etf < fr-etf. EWB's released gamma is 0.65
-(CIFAR-10: 1.6), a check of what --variant fr-etf chooses.
+adjustment 53.0 (as quoted by LORT). EWB's own tables are of 320 epochs for all: add --epochs 320 to ce, wd
+and wb. Its Fisher ratio rises wd < etf < fr-etf; its released gamma is 0.65 (CIFAR-10: 1.6), a check of what
+--variant fr-etf chooses.
 
 Code read: ShadeAlsha/LTR-weight-balancing (WB),
 HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB). Departures
 - 20 validation images a class choose tau and gamma; at IF 100 the head class loses 20 training images for
   them. WB has none and selects on the test set. Last epoch, not the best.
-- The field's shuffled subset. Both codes take the first images of each class, and EWB's profile is another,
+- The standard shuffled subset. Both codes take the first images of each class, and EWB's profile is another,
   round(480 IF^(-c/99)), 10,457 images, beside such validation images.
-- --cb-loss: WB's code takes the binary cross-entropies of the softmax, averaged over the K classes ("bce"),
-  and EWB's the weighted cross-entropy ("ce"), whose gradient is about K times as large. wb defaults to the
-  first, cb to the second. Our bce is exact where p rounds to 1; there WB's code has no gradient.
+- --cb-loss bce, WB's code and the default of wb: binary cross-entropies of the softmax, mean over the K
+  classes. ce, EWB's code and the default of cb: weighted cross-entropy, its gradient about K times as large.
 - Where WB's text and code differ: ResNet-34 as in the code (text: 32), MaxNorm once an epoch as in the code
   (text: after every batch), 200 epochs for ce, wd and wb as in the text (code: 320, as EWB's). CIFAR-10:
   normalisation as in WB, shot groups as everywhere here, zeta 0.01 as in EWB's file (its text has a 0.02
   whose symbol is lost).
 - ImageNet-LT and iNaturalist 2018: no weight decay is published. Ours are the 5e-4 and 1e-4 of other codes,
-  with the epochs, batches and rates of WB's text, so no number of a paper stands beside them (WB 53.9, 70.2).
-- As in both codes, stage 2 leaves normalisation in training mode. Our cosine starts at lr; theirs ends at 0.
+  with the epochs, batches and learning rates of WB's text, so the table does not show WB's 53.9 and 70.2.
+- As in both codes, stage 2 leaves BatchNorm in training mode. Our cosine starts at lr; theirs ends at 0.
 - S_B of the Fisher ratio is around the mean of all samples, as in EWB's code (text: of the class means), and
-  the training images are not augmented (code: they are). It is NaN if S_W is singular.
+  the training images are not augmented (code: they are).
 
     python methods/ewb_fdr.py --variant fr-etf
     python methods/ewb_fdr.py --variant wb --stage1 runs/.../weights.pt
@@ -106,10 +106,10 @@ def class_means(feat, labels):
 
 
 def fisher_ratio(feat, labels):
-    """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), labels (N,), in float64, by EWB-FDR's
-    code: S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T with the mean mu of all samples (text: of the class means),
-    S_W = sum_i (f_i - mu_{y_i})(...)^T. Dimensions that hardly vary (by 1e-3 of the mean feature) are left
-    out; NaN if S_W is singular all the same."""
+    """Fisher's discriminant ratio trace(S_W^-1 S_B) of feat (N, D), labels (N,), in float64:
+    S_B = sum_k n_k (mu_k - mu)(mu_k - mu)^T,  S_W = sum_i (f_i - mu_{y_i})(f_i - mu_{y_i})^T,  mu the mean of
+    all samples. Dimensions that hardly vary (by 1e-3 of the mean feature) are left out; NaN if S_W is
+    singular even so."""
     means = class_means(feat, labels)                                           # (K, D)
     feat = feat.double()
     n = torch.bincount(labels)[:, None].double()                                # (K, 1)

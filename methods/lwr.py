@@ -30,18 +30,18 @@ public. Departures and choices where the poster is silent
 - The recipe is LDAM-DRW's (ResNet-32, 200 epochs) but for a weight decay of 5e-4, with which bs has 45.3 and
   comes near the poster's 46.3; with LDAM-DRW's 2e-4 it has 42.7 (seed 0 each). Judge R by what it adds to bs.
 - focal is LDAM-DRW's, with its gamma of 1; naver-ai/cmo multiplies it by 10.
-- The poster's means of the shot groups fit 35, 36 and 29 classes, which other counts than the field's subset
+- The poster's means of the shot groups fit 35, 36 and 29 classes, which other counts than the standard subset
   give.
 - strength 0.1 and the linear ramp are ours. R gains nothing that one seed could show. Accuracy on 100
   validation images a class after 40 epochs (tests/tried_results.jsonl): bs 39.0; strength 1 and const, which
   leaves no pair above 0.4, 38.6; the same with theta = -1 39.3; a log-sum-exp over pairs above 0 36.1.
 - R does not explain the poster's numbers on the bs network of 45.3: 43 of 4,950 pairs have a cosine over 0.4
   and none above 0.56, yet the poster gains 3.6 with theta = 0.6, where R would be 0. With theta = -1 (poster:
-  +3.8) R moves every w_i by the same vector, minus the sum of all w_j, which softmax ignores, and along w_i,
-  which projection removes. So the poster's vectors are closer to each other, or its gate is another.
-- ImageNet-LT: the poster names ResNet-50; the rest of the recipe is naver-ai/cmo's, so no number of the
-  poster stands beside it (bs 48.7, with R 51.5). With several processes ce-drw's mean is over the weights of
-  each one's share.
+  +3.8) R moves every w_i by minus the sum of all w_j, which softmax ignores, and changes its length. So the
+  poster's vectors are closer to each other, or its gate is another.
+- ImageNet-LT: the poster names ResNet-50; the rest of the recipe is naver-ai/cmo's, so the table does not
+  show the poster's numbers (bs 48.7, with R 51.5). With several processes ce-drw's mean is over the weights
+  of each one's share.
 
     python methods/lwr.py --base bs                       python methods/lwr.py --base bs --strength 0
 """
@@ -94,7 +94,7 @@ RECIPE = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, backbone="r
               theta=0.4, project="yes", schedule="ramp", gamma=1.0, tau=1.0)
 CHANGES = {"imagenet-lt": dict(epochs=100, backbone="resnet50", weight_decay=2e-4),  # ours: naver-ai/cmo's
            "synthetic": dict(epochs=20, batch_size=64, backbone="small")}       # our demo
-SOURCE = "", "LWR's poster; ours reconstructs R"
+SOURCE = "", "LWR's poster, which gives no recipe; R is reconstructed"  # reading unknown
 PAPER = {"bs": (*SOURCE, {"cifar100": {100: 46.3, 50: 51.2, 10: 61.5}}),
          "bs+lwr": (*SOURCE, {"cifar100": {100: 50.7, 50: 54.3, 10: 63.6}}),
          "focal": (*SOURCE, {"cifar100": {100: 41.9, 50: 48.2, 10: 59.8}}),

@@ -23,15 +23,15 @@ code.
 Code read: qqgroup66666/rbl. Departures that move the number:
 - The frame is the released code's E, whose columns have cosine -1/(d-1), and not the paper's simplex of C
   vertices. 'Fixed' is inferred: its body is not released.
-- CIFAR's mean and deviation where theirs takes ImageNet's; 10,847 images (int) where theirs takes 10,945
-  (ceil).
+- CIFAR's mean and std where theirs takes ImageNet's; 10,847 images (int) where theirs takes 10,945 (ceil).
 Others:
-- The last batch of an epoch may be short; the authors' code drops it.
+- The last batch of an epoch may be short; the authors' code drops it. Their training accuracy per epoch is of
+  augmented images, ours of plain ones.
 - AutoAugment's operations are torchvision's on uint8 tensors. Colour and contrast differ from Pillow's by one
   grey level on 15 to 47 % of the values. The authors' copy rotates one way only and shears with bicubic
   interpolation.
-- ImageNet-LT: no recipe is public. Ours is SADE's (ResNeXt-50, 180 epochs, batch 64) with d = 1024, so no
-  number of the poster stands beside it (53.3).
+- ImageNet-LT: no recipe is public. Ours is SADE's (ResNeXt-50, 180 epochs, batch 64) with d = 1024, so the
+  table does not show the poster's 53.3.
 
     python methods/rbl.py --head rbl
 """

@@ -81,7 +81,7 @@ def test_a_wrong_subset_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(common, "FINGERPRINTS", {"synthetic": {100.0: "0" * 16}})
     with pytest.raises(SystemExit):
         common.load_data(arguments(), CPU)
-    assert "not the field's" in capsys.readouterr().err
+    assert "not the standard" in capsys.readouterr().err
     common.load_data(arguments(subset_seed=1), CPU)
 
 
@@ -117,14 +117,14 @@ def test_crop_and_flip_equal_the_slow_version(flags, pad):
         assert (np.asarray(image) == fast[k].numpy()).all()
 
 
-def test_crop_offsets_are_uniform_and_half_are_mirrored():
+def test_crop_offsets_are_uniform_and_half_are_flipped():
     position = torch.arange(32 * 32).view(32, 32)
     image = torch.stack([position // 32 + 1, position % 32 + 1, torch.zeros_like(position)], 2).to(torch.uint8)
     out = common.crop_flip(image.expand(20000, 32, 32, 3), torch.Generator().manual_seed(0))
     down = out[:, 16, 16, 0].long() - 13  # which row lies at row 16: 16 - 4 + top + 1
     assert torch.bincount(down, minlength=9).min() > 2000 and down.max() == 8 and down.min() == 0
-    mirrored = out[:, 16, 10, 1] > out[:, 16, 20, 1]
-    assert 0.48 < mirrored.double().mean() < 0.52
+    flipped = out[:, 16, 10, 1] > out[:, 16, 20, 1]
+    assert 0.48 < flipped.double().mean() < 0.52
 
 
 @pytest.mark.parametrize("n, batch_size", [(100, 1), (100, 7), (100, 64), (100, 100), (100, 1000), (101, 100), (71, 7)])
@@ -300,7 +300,7 @@ def test_report_by_hand():
     assert absent == {"all": 100.0, "many": 100.0, "medium": None, "few": None}
 
 
-def test_features_are_of_plain_or_mirrored_images_in_eval_mode():
+def test_features_are_of_plain_or_flipped_images_in_eval_mode():
     data = common.load_data(arguments(), CPU)
     net = common.BACKBONES["small"](20).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -310,7 +310,7 @@ def test_features_are_of_plain_or_mirrored_images_in_eval_mode():
     x = ((data.test.images.float() - data.test.mean) / data.test.std).permute(0, 3, 1, 2)
     with torch.no_grad():
         assert (net.features(x) - feat).abs().max() < 1e-5
-        assert (net.features(x.flip(3)) - common.features(net, data.test, mirrored=True)).abs().max() < 1e-5
+        assert (net.features(x.flip(3)) - common.features(net, data.test, flipped=True)).abs().max() < 1e-5
 
 
 def test_an_affine_map_is_a_linear_layer():

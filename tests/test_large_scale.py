@@ -1,4 +1,4 @@
-"""Photographs and the field's lists, on generated JPEGs; one process and several."""
+"""Photographs and the standard lists, on generated JPEGs; one process and several."""
 import hashlib
 import os
 import subprocess
@@ -43,7 +43,7 @@ def test_lists_are_read_as_they_are(photos, capsys):
     assert data.test.images.shape == (30, 32, 32, 3) and torch.bincount(data.test.labels).tolist() == [6] * 5
     assert (data.train.crop, data.train.jitter) == (32, 0.4)
     assert torch.allclose(data.train.mean / 255, torch.tensor(common.IMAGENET_MEAN))
-    assert capsys.readouterr().out.count("is not the field's list") == 3 and not args.published
+    assert capsys.readouterr().out.count("is not the standard list") == 3 and not args.published
 
 
 def test_the_fields_list_is_recognised(photos, monkeypatch, capsys):
@@ -55,7 +55,7 @@ def test_the_fields_list_is_recognised(photos, monkeypatch, capsys):
     monkeypatch.setitem(common.LISTS, "imagenet-lt", lists)
     args = arguments(photos, *FLAGS)
     common.load_data(args, CPU)
-    assert args.published and "not the field's" not in capsys.readouterr().out
+    assert args.published and "not the standard" not in capsys.readouterr().out
 
 
 def test_inat18_is_tested_on_its_val_list(photos, tmp_path):
@@ -116,15 +116,15 @@ def test_images_are_decoded_once_and_anew_after_an_interruption(photos, tmp_path
     args = arguments(tmp_path)
     monkeypatch.setattr(common, "open_image", counted)
     with pytest.raises(KeyboardInterrupt):
-        common.decoded(paths, "central", 32, args)
-    images, sizes, digests = common.decoded(paths, "central", 32, args)
+        common.cached_squares(paths, "central", 32, args)
+    images, sizes, digests = common.cached_squares(paths, "central", 32, args)
     assert len(opened) >= 17 + 30 and len(set(digests)) == 30
     for k in (0, 7, 29):
         image = Image.open(paths[k])
         assert tuple(sizes[k]) == image.size
         assert (images.read(np.array([k]))[0].numpy() == common.square(image.convert("RGB"), "central", 32)).all()
     before = len(opened)
-    common.decoded(paths, "central", 32, args)
+    common.cached_squares(paths, "central", 32, args)
     assert len(opened) == before
 
 
@@ -138,7 +138,7 @@ def counted(*words):
     return real(*words)
 common.square = counted
 args = common.base_parser("").parse_args(["--dataset", "imagenet-lt", "--data-root", {str(tmp_path)!r}])
-common.decoded(sorted(pathlib.Path({str(photos)!r}).glob("val/*/*.JPEG")), "central", 32, args)
+common.cached_squares(sorted(pathlib.Path({str(photos)!r}).glob("val/*/*.JPEG")), "central", 32, args)
 """
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(process.communicate(timeout=60)[0].count("decoded") for process in processes) == [0, 30]
