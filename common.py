@@ -486,6 +486,7 @@ def fail(message, code=2):
 
 def guard(main):
     """Call a script's main(). Ctrl-C, a full disk and a full memory end with one line too."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except KeyboardInterrupt:
@@ -583,8 +584,9 @@ def parse(parser, argv, recipe, changes):
     args = parser.parse_args(argv)
     if built_in and args.image_size:
         fail(f"--image-size is for photographs, not for {args.dataset}")
-    if args.image_size and args.image_size > args.cache_size:
-        fail(f"--cache-size {args.cache_size} would blur images of --image-size {args.image_size}: raise it")
+    size = args.image_size or (224 if args.dataset in LISTS else 0)
+    if size > args.cache_size:
+        fail(f"--cache-size {args.cache_size} would blur images of --image-size {size}: raise it")
     args.published = all(getattr(args, flag) == value for flag, value in recipe.items())
     args.command = shlex.join(argv)
     return args
@@ -1299,7 +1301,7 @@ def image_files(folder, part, root):
             others.append(entry)
             continue
         names = sorted(glob.glob("**/*", root_dir=entry, recursive=True))       # follows links, skips dots
-        found = [entry / name for name in names if os.path.isfile(entry / name)]
+        found = [entry / name for name in names if not os.path.isdir(entry / name)]
         images = [path for path in found if path.suffix.lower() in Image.registered_extensions()]
         if found and not images:
             fail(f"class {entry} has no file of a type that Pillow reads, only such as {found[0].name}")
@@ -1348,6 +1350,8 @@ def listed_images(args):
             content = path.read_bytes()
             listed = read_list(path, root)
             labels = np.array([int(label) for _, label in listed])
+            if not listed:
+                raise ValueError("it is empty")
         except (OSError, ValueError) as error:
             fail(f"{args.dataset} needs {path} with lines `path label`: {error}")
         parts[part] = np.array([file for file, _ in listed]), labels
@@ -1356,10 +1360,15 @@ def listed_images(args):
         if blob[:8] not in lists.known:
             print(f"{path} is not the standard list: no paper's number stands beside the result")
             args.published = False
-    trained = np.unique(parts["train"][1])
-    if sorted(names) != list(range(len(trained))):
-        fail(f"{root}: the labels of the lists are not 0 to {len(names) - 1}, each with training images")
-    return parts, [names[c] for c in range(len(names))]
+    expected = list(range(len(names)))
+    for part in ("train", "test"):
+        found = np.unique(parts[part][1]).tolist()
+        if found != expected:
+            fail(f"{root}: the labels of the {part} list are not 0 to {len(names) - 1}, each with images")
+    leaked = set(parts["train"][0]) & set(parts["test"][0])
+    if leaked:
+        fail(f"{root}: {len(leaked)} images are in both the train and the test list, such as {min(leaked)}")
+    return parts, [names[c] for c in expected]
 
 
 class ImageFile:
@@ -1452,7 +1461,11 @@ def cached_squares(paths, kind, side, args):
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock(folder)  # one process decodes, the others wait
     try:
-        if not (index.exists() and pixels.exists()):
+        size = 0
+        if index.exists() and pixels.exists():
+            size = pixels.stat().st_size
+        if size != len(paths) * side * side * 3:  # not begun, not finished, or a copy that is cut off
+            index.unlink(missing_ok=True)
             with open(pixels, "wb") as file:
                 found = write_squares(file, paths, kind, side, own)
             save(index, json.dumps(found), every_rank=True)
@@ -1551,9 +1564,9 @@ def crop_boxes(u, sizes):
 
 
 def resample(images, start, extent, size, flipped=None):
-    """Pillow's bilinear resize, with antialiasing, of a box of each image: (n, S, S, 3) uint8 -> (n, size,
-    size, 3) float in 0..255, as two matrix products. start, extent (n, 2): x and y of the box, as parts of
-    the side; flipped (n,)."""
+    """Pillow's resize(box=), bilinear with antialiasing, of a box of each image: (n, S, S, 3) uint8 -> (n,
+    size, size, 3) float in 0..255, as two matrix products. start, extent (n, 2): x and y of the box, as parts
+    of the side; flipped (n,)."""
     side = images.shape[1]
     pixel = torch.arange(side, device=images.device) + 0.5                      # (S,)
     grid = (torch.arange(size, device=images.device) + 0.5) / size              # (size,)
@@ -1592,7 +1605,7 @@ def main():
         print_predictions(words[1], words[2], words[3:])
     elif words[:1] == ["classes"] and len(words) == 2:
         print_classes(words[1])
-    elif len(words) == 1 and words[0][0] != "-":
+    elif len(words) == 1 and words[0][:1] not in ("", "-"):
         print(table(load_results(Path(words[0]))))
     else:
         fail("usage: python common.py RUNS, or classes RUN, or predict RUN ROW IMAGE...")

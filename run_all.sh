@@ -32,7 +32,8 @@ JOBS=${JOBS-$([[ $protocol == synthetic ]] && nproc || echo 1)}
 
 python=$(command -v python || command -v python3) || refuse "there is no python: activate the environment first"
 [[ $JOBS =~ ^[1-9][0-9]?$ ]] || refuse "JOBS=$JOBS: a number of runs, from 1 to 99"
-[[ $SEEDS =~ [0-9] && $IMB =~ [0-9] && $METHODS =~ [a-z] ]] || refuse "SEEDS, IMB or METHODS is empty"
+[[ $SEEDS =~ [^[:space:]] && $IMB =~ [^[:space:]] && $METHODS =~ [^[:space:]] ]] || refuse "SEEDS, IMB or METHODS is empty"
+[[ ! $OUT =~ [[:space:]] ]] || refuse "OUT: a path without spaces is needed, not $OUT"
 for number in $SEEDS $IMB; do
     [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || refuse "SEEDS and IMB are whole numbers, not $number"
 done

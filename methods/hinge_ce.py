@@ -26,9 +26,10 @@ Departures and choices where the paper is silent (no official code is known)
 - On CIFAR the paper follows Menon et al. "exactly". From their code come Nesterov's momentum of 0.9, crop of
   2 pixels and flip, a BatchNorm without ReLU before the pooling (resnet32_bn), N(0, 0.01) for the initial
   weights of the dense layers, and the decay: their L2 term of 1e-4 |w|^2 is a weight decay of 2e-4, of
-  weights, not of BatchNorm. Unlike that code: basic blocks (the paper says ResNet-32); images normalised by
-  mean and std, in a black margin (there x/255 - 0.5); no decay of the dense biases; a short last batch is
-  kept. Last epoch.
+  weights, not of BatchNorm. Unlike that code: basic blocks (the paper says ResNet-32) on 32 x 32 pixels
+  (there 36 x 36, by a wider margin of zeros); images normalised by mean and std, in a black margin (there
+  x/255 - 0.5); dense biases that start as PyTorch's (there, presumably, at 0) and do not decay; a short last
+  batch is kept. Last epoch.
 - ImageNet-LT: weight decay 1e-4 as printed. Momentum, initialisation and what decays are as on CIFAR (the
   paper is silent), the augmentation is the usual one (crop, flip, ColorJitter).
 - No warm-up on CIFAR, as the paper says; on ImageNet-LT one epoch (there 100 steps).
@@ -66,9 +67,9 @@ def hinge_logits(feat, labels, weight, tau_plus, tau_minus):
     inner = feat @ weight.T                                                     # <w_k, u>  (B, K)
     length = feat.detach().norm(dim=1, keepdim=True) * weight.norm(dim=1)       # sg(|u|) |w_k|  (B, K)
     plus, minus = tau_plus[labels][:, None], tau_minus[labels][:, None]         # (B, 1)
-    # an angle of 0 is no hinge: length * cos(0) may round to less than <w_k, u>, and no gradient would pass
+    # angles 0 and pi are no hinge: length * cos may round to the wrong side of <w_k, u> and stop the gradient
     own = torch.where(plus > 0, torch.minimum(inner, length * plus.cos()), inner)
-    other = torch.maximum(inner, length * minus.cos())
+    other = torch.where(minus < math.pi, torch.maximum(inner, length * minus.cos()), inner)
     return torch.where(F.one_hot(labels, len(weight)).bool(), own, other)
 
 
@@ -154,7 +155,7 @@ def parse_args(argv):
     angle = common.number(float, 0, math.pi / 2)
     add("--tau-plus", type=angle, help="radians: the cone of the minor classes")
     add("--tau-major", type=angle, help="radians: the cone of all other classes; 0 is none")
-    add("--tau-minus", type=common.number(float, 0, 4),
+    add("--tau-minus", type=common.number(float, 0, 3.15),
         help="radians: the bound of the other logits, for classes with a cone; pi is none")
     add("--minor", type=common.ZERO_OR_MORE, help="classes of at most so many training images get a cone")
     add("--pad", type=common.number(int, 0, 33), help="pixels of the margin in which images are cropped")

@@ -18,6 +18,7 @@ averaging); stage 1 48.4 (200 epochs by its text; WB's log of 320 epochs has 47.
 on validation images.
 
 Code read: bilibili/LOS. Departures:
+- The standard shuffled subset; the authors' code takes the first images of each class.
 - Stage 2 too starts from the last epoch; in the authors' code from the best on the test set.
 - Table 1's features are computed once, of plain images and their flips: on one network (lwr.py's bs, 40
   epochs, stage 1: 39.3) lort has 35.9 so, and 36.6 by the recipe (tests/tried_results.jsonl).
@@ -64,7 +65,8 @@ def regularized_std(logits, labels):
 
 class Classifier(nn.Module):
     """w (K, D) and b (K,) of stage 1, a method of Table 1 and its constant s. forward: the z (B, K) that are
-    tested. cosine is trained on f / |f|, but tested on f, which changes no decision and keeps z affine."""
+    tested. cosine is trained on f / |f|, but tested on f, which keeps z affine and of one view changes no
+    decision."""
 
     def __init__(self, fc, method, s=None, lr=0.0, weight_decay=0.0):
         super().__init__()
@@ -144,7 +146,10 @@ def parse_args(argv):
     add("--init", choices=["torch", "he"], help="of the convolutions: nn.Conv2d's own, or the backbone's")
     add("--bn", choices=["train", "eval"], help="BatchNorm in stage 2: its statistics move on, or are frozen")
     args = common.parse(parser, argv, RECIPE, CHANGES)
+    if args.retrain:
+        common.refuse_without_effect(parser, args, "--retrain", "bn")
     if args.stage1:
+        common.refuse_without_effect(parser, args, "--stage1", "init")
         for name in STAGE_1:  # its file has what it was trained with; what is asked for must be there
             if vars(args)[name] == parser.get_default(name):
                 setattr(args, name, None)
@@ -232,6 +237,7 @@ def main(argv=None):
             common.fail(f"--stage1 has seen images of --val-per-class {args.val_per_class}: train it so too")
         for name in ("batch_size", *STAGE_1):
             args.published &= stage1_flags[name] == RECIPE[name]
+        args.published &= stage1_flags.get("variant") in (None, "wd")           # a lort run, or WB's features
     net.to(run.device, memory_format=torch.channels_last)
     run.begin(data, net)
 

@@ -37,7 +37,7 @@ public. Departures and choices where the poster is silent
   leaves no pair above 0.4, 38.6; the same with theta = -1 39.3; a log-sum-exp over pairs above 0 36.1.
 - R does not explain the poster's numbers on the bs network of 45.3: 43 of 4,950 pairs have a cosine over 0.4
   and none above 0.56, yet the poster gains 3.6 with theta = 0.6, where R would be 0. With theta = -1 (poster:
-  +3.8) R moves every w_i by minus the sum of all w_j, which softmax ignores, and changes its length. So the
+  +3.8) R moves every w_i by minus the sum of all w_j, which softmax ignores, and by a multiple of w_i. So the
   poster's vectors are closer to each other, or its gate is another.
 - ImageNet-LT: the poster names ResNet-50; the rest of the recipe is naver-ai/cmo's, so the table does not
   show the poster's numbers (bs 48.7, with R 51.5). With several processes ce-drw's mean is over the weights
@@ -179,7 +179,7 @@ def main(argv=None):
         common.set_lr(optimizer, warmup_step_lr(epoch, args.epochs, args.lr, steps))
         progress = epoch / args.epochs if args.schedule == "ramp" else 1            # t / T
         strength.fill_(args.strength * progress)
-        if args.base == "ce-drw" and epoch >= 0.8 * args.epochs:                # deferred re-weighting
+        if args.base == "ce-drw" and epoch >= int(0.8 * args.epochs):           # deferred re-weighting
             weights.copy_(balanced)
         losses = []
         for x, labels in common.batches(data.train, args.batch_size, run.generator):

@@ -53,6 +53,9 @@ def test_flags_without_effect_where_they_would_falsify_an_ablation(refused):
     refused("hinge_ce", "--variant", "ce", "--tau-plus", "1", words=["--tau-plus", "--variant ce"])
     refused("lwr", "--strength", "0", "--theta", "0", words=["--theta", "--strength 0"])
     refused("lwr", "--tau", "2", words=["--tau", "--base bs"])
+    refused("lort", "--stage1", "x", "--init", "he", words=["--init", "--stage1"])
+    refused("lort", "--retrain", "all", "--bn", "eval", words=["--bn", "--retrain"])
+    refused("hinge_ce", "--dataset", "imagenet-lt", "--cache-size", "128", words=["--cache-size 128", "--image-size 224"])
     refused("hinge_ce", "--dataset", "imagenet-lt", "--pad", "4", words=["--pad", "photographs"])
     refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
     refused("hinge_ce", "--tau-plus", "0", words=["no class has a cone"])
@@ -345,6 +348,10 @@ def break_own(own, how):
         for name in "012":
             (own / "train" / "a" / f"{name}.png").write_bytes(b"no image")
         return "(3 of 11 images"  # and still one line
+    if how == "dead link":
+        (own / "train" / "b" / "0.png").unlink()
+        (own / "train" / "b" / "0.png").symlink_to(own / "gone.png")
+        return "0.png: cannot be read"
     if how == "cut":
         path = own / "test" / "b" / "1.png"
         path.write_bytes(path.read_bytes()[:100])
@@ -401,7 +408,7 @@ def break_own(own, how):
 
 
 @pytest.mark.parametrize("how", [
-    "no test", "unreadable", "cut", "other size", "class only in test", "class not in test", "one class", "16 bits", "tiny",
+    "no test", "unreadable", "dead link", "cut", "other size", "class only in test", "class not in test", "one class", "16 bits", "tiny",
     "no squares", "other size in test", "photographs", "nothing", "two val lists", "two trains", "folder and list",
     "in train and test", "copied to another class", "no image in a class"])
 def test_broken_own_folders(refused, own, how):
@@ -490,7 +497,7 @@ def test_table_of_something_else(command_line, tmp_path, content):
 
 
 @pytest.mark.parametrize("words", [[], ["predict"], ["predict", "x"], ["classes"], ["predict", "none", "x.png"],
-                                   ["classes", "none"], ["a", "b"]])
+                                   ["classes", "none"], ["a", "b"], [""]])
 def test_common_on_the_command_line(command_line, words):
     code, error = command_line(*words)
     assert code == 2 and len(error.splitlines()) == 1 and error.startswith("error: ")

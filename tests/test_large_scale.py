@@ -70,7 +70,9 @@ def test_inat18_is_tested_on_its_val_list(photos, tmp_path):
 
 
 @pytest.mark.parametrize("how, word", [("no list", "ImageNet_LT_train.txt"), ("no label", "lines `path label`"),
-                                       ("a gap", "not 0 to"), ("an image gone", "1 of 30 images"),
+                                       ("a gap", "not 0 to"), ("a class not in test", "test list are not 0 to 4"),
+                                       ("empty", "it is empty"), ("tested on", "1 images are in both"),
+                                       ("an image gone", "1 of 30 images"),
                                        ("flat val", "30 of 30 images"), ("not an image", "cannot be read")])
 def test_a_broken_folder_is_one_line(refused, photos, tmp_path, how, word):
     lists = {part: (photos / f"ImageNet_LT_{part}.txt").read_text() for part in ("train", "val", "test")}
@@ -86,6 +88,12 @@ def test_a_broken_folder_is_one_line(refused, photos, tmp_path, how, word):
         lists["train"] += "train/n00/train0.JPEG cat\n"
     if how == "a gap":
         lists["train"] += "train/n00/train0.JPEG 9\n"
+    if how == "a class not in test":
+        lists["test"] = "".join(line + "\n" for line in lists["test"].splitlines() if not line.endswith(" 4"))
+    if how == "empty":
+        lists["val"] = ""
+    if how == "tested on":
+        lists["test"] += lists["train"].splitlines()[0]
     if how == "an image gone":
         (tmp_path / "val/n00/test0.JPEG").unlink()
     if how == "not an image":
@@ -126,6 +134,17 @@ def test_images_are_decoded_once_and_anew_after_an_interruption(photos, tmp_path
     before = len(opened)
     common.cached_squares(paths, "central", 32, args)
     assert len(opened) == before
+    pixels, = tmp_path.glob(".cache/*.pixels")
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:5000])  # a copy that is cut off
+    common.cached_squares(paths, "central", 32, args)
+    assert len(opened) == before + 30 and pixels.read_bytes() == whole
+    pixels.unlink()
+    opened[:] = [None] * 5  # interrupted again, with the index of the last time at hand
+    with pytest.raises(KeyboardInterrupt):
+        common.cached_squares(paths, "central", 32, args)
+    common.cached_squares(paths, "central", 32, args)
+    assert pixels.read_bytes() == whole
 
 
 def test_two_processes_decode_once(photos, tmp_path):
@@ -141,7 +160,7 @@ args = common.base_parser("").parse_args(["--dataset", "imagenet-lt", "--data-ro
 common.cached_squares(sorted(pathlib.Path({str(photos)!r}).glob("val/*/*.JPEG")), "central", 32, args)
 """
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert sorted(process.communicate(timeout=60)[0].count("decoded") for process in processes) == [0, 30]
+    assert sorted(process.communicate(timeout=300)[0].count("decoded") for process in processes) == [0, 30]
 
 
 def test_own_photographs_are_read_anew_when_a_file_changes(tmp_path):

@@ -337,6 +337,7 @@ def test_wb_goes_on_from_wd(call, refused, tmp_path):
     trained = common.load(next((tmp_path / "runs").glob("ewb_fdr-wb-*/weights.pt")))["net"]
     shared = saved(tmp_path / "shared")["net"]
     assert all(torch.equal(trained[name], shared[name]) for name in trained if "conv" in name)
+    assert result(tmp_path / "shared")["metrics"]["stage 1 was trained with"]["precision"] == "fp32"
     refused("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", stage1, out=tmp_path / "x", words=["--epochs 2"])
 
 
@@ -574,7 +575,7 @@ def run_all(*words, **environment):
 
 
 WRONG = [{"JOBS": "0"}, {"JOBS": "abc"}, {"SEEDS": " "}, {"SEEDS": "00"}, {"IMB": "1e2"}, {"METHODS": "rbl vit"},
-         {"METHODS": ""}, {"METHODS": "../common"}, {"FLAGS": "--seed 5"}, {"OUT": "/dev/null/x"}]
+         {"METHODS": ""}, {"METHODS": "../common"}, {"FLAGS": "--seed 5"}, {"OUT": "/dev/null/x"}, {"OUT": "my runs"}, {"IMB": "natural"}]
 
 
 @pytest.mark.parametrize("words, environment", [(["imagenet"], {}), (["cifar10", "x"], {})] + [([], e) for e in WRONG])
