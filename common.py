@@ -395,13 +395,22 @@ def class_balanced_weights(counts, beta):
     return (v / v.mean()).float()
 
 
+def log_one_minus_softmax(logits):
+    """log(1 - p_j), p = softmax(logits), (B, K), exact where p_j is nearly 1 too: that can only be the
+    largest one, whose 1 - p_j is the sum of the others."""
+    total = logits.logsumexp(1, keepdim=True)                                   # (B, 1)
+    rest = torch.log1p(-(logits - total).clamp(max=-0.5).exp())                 # right where p_j <= 1/2
+    largest = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
+    return rest.scatter(1, largest, others - total)
+
+
 def class_balanced_bce(logits, labels, weights):
     """WB's loss: the mean over i, j of c_y BCE(p_ij, [j = y]), p = softmax(logits). logits (B, K), labels y
     (B,), weights c (K,)."""
     own = F.one_hot(labels, logits.shape[1]).bool()                             # (B, K)
-    p = logits.double().softmax(1).clamp(max=1 - 1e-15)  # in fp32, 1 - p rounds to 0 where p is nearly 1
-    bce = -torch.where(own, logits.log_softmax(1), torch.log1p(-p))
-    return (weights[labels][:, None] * bce).mean().to(logits.dtype)
+    bce = -torch.where(own, logits.log_softmax(1), log_one_minus_softmax(logits))
+    return (weights[labels][:, None] * bce).mean()
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB). Depar
   round(480 IF^(-c/99)), 10,457 images, beside such validation images.
 - --cb-loss bce, WB's code and the default of wb: binary cross-entropies of the softmax, mean over the K
   classes. ce, EWB's code and the default of cb: weighted cross-entropy, its gradient about K times as large.
+  Our bce is exact where p rounds to 1; there WB's code has no gradient.
 - Where WB's text and code differ: ResNet-34 as in the code (text: 32), MaxNorm once an epoch as in the code
   (text: after every batch), 200 epochs for ce, wd and wb as in the text (code: 320, as EWB's). CIFAR-10:
   normalisation as in WB, shot groups as everywhere here, zeta 0.01 as in EWB's file (its text has a 0.02

@@ -229,7 +229,7 @@ def main(argv=None):
         "nc1": {"train": nc1(u, labels),
                 "test": nc1(u_test, data.test.labels)}}
     if args.variant != "ce":
-        cosine = F.cosine_similarity(u, etf.to(u)[labels])                      # of u and w_y  (N,)
+        cosine = F.cosine_similarity(u, net.fc.classifier.weight[labels])       # of u and w_y  (N,)
         cone = tau_plus[labels]                                                 # (N,)
         metrics["inside_the_cones"] = (cosine >= cone.cos())[cone > 0].float().mean().item()  # NaN: no cone
     run.finish(net, **metrics)

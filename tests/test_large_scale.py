@@ -46,7 +46,7 @@ def test_lists_are_read_as_they_are(photos, capsys):
     assert capsys.readouterr().out.count("is not the standard list") == 3 and not args.published
 
 
-def test_the_fields_list_is_recognised(photos, monkeypatch, capsys):
+def test_the_standard_list_is_recognised(photos, monkeypatch, capsys):
     known = []
     for part in ("train", "test", "val"):
         content = (photos / f"ImageNet_LT_{part}.txt").read_bytes()
