@@ -150,7 +150,7 @@ def parse_args(argv):
         common.refuse_without_effect(parser, args, "--retrain", "bn")
     if args.stage1:
         common.refuse_without_effect(parser, args, "--stage1", "init")
-        for name in STAGE_1:  # its file has what it was trained with; what is asked for must be there
+        for name in (*STAGE_1, "init"):  # what it was trained with is in its file; what is given must agree
             if vars(args)[name] == parser.get_default(name):
                 setattr(args, name, None)
     if args.retrain and not args.val_per_class:  # as ewb_fdr.py
