@@ -4,7 +4,7 @@ Ha, Park, Choi, BMVC 2023.
 A RECONSTRUCTION: only the poster is at hand, and its formula of the regulariser R_LWR is lost. What the
 poster fixes: weight vectors repel each other, a threshold theta on a cosine gates the repulsion (theta = 1
 gives exactly the base loss), a variant 'with projection' that is not the same as the one without, and a
-weight lambda(t) that changes over time. Our R gains nothing over its base; the poster's 3 to 4.
+weight lambda(t) that changes over time. Our R gains nothing over its base; the poster's 3.0 to 4.4.
 
 Idea: balanced losses pull the weight vectors of similar classes together; push apart those that are already
 close.
