@@ -15,7 +15,8 @@ set -uf  # f: words are split, but never taken for file patterns
 cd "$(dirname "$0")" || exit 2
 refuse() { echo "error: $1" >&2; exit 2; }
 
-(($# <= 1)) || refuse "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]"
+usage="usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]"
+(($# <= 1)) || refuse "$usage"
 protocol=${1:-synthetic} dataset=$protocol shared="--eval-every 5" rbl="" lort="" hinge="" default_seeds="0 1 2" largest=500
 case $protocol in
     synthetic) shared="" default_seeds=0 largest=250 ;;
@@ -23,8 +24,8 @@ case $protocol in
     cifar100) ;;
     one-protocol)
         dataset=cifar100 rbl="--augment crop" lort="--init he" hinge="--pad 4"
-        shared="--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20" ;;
-    *) refuse "usage: bash run_all.sh [synthetic | cifar10 | cifar100 | one-protocol]" ;;
+        shared="$shared --backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20" ;;
+    *) refuse "$usage" ;;
 esac
 SEEDS=${SEEDS-$default_seeds} IMB=${IMB-100} FLAGS=${FLAGS-} OUT=${OUT-runs}/$protocol
 METHODS=${METHODS-rbl ewb_fdr lwr lort hinge_ce}

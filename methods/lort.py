@@ -14,8 +14,8 @@ logits then become small and equally large over the classes, without knowing how
 
 To reproduce: CIFAR-100-LT, IF 100, ResNet-34: LORT 54.9 (best of five runs, best test epoch, flip
 averaging); stage 1 48.4 (200 epochs by its text; WB's log of 320 epochs has 47.9 with flip).
---retrain all: Table 1, eleven other classifiers; their learning rates, weight decays and constants are chosen
-on validation images.
+--retrain all: Table 1, eleven other classifiers; their learning rates and weight decays, and the constants of
+tau-norm, la, cosine, ldam and focal, are chosen on validation images.
 
 Code read: bilibili/LOS. Departures:
 - The standard shuffled subset; the authors' code takes the first images of each class.
@@ -27,7 +27,7 @@ Code read: bilibili/LOS. Departures:
 As the code, not the text: BatchNorm's statistics move on in stage 2, although f is 'frozen' (--bn train). As
 the code: convolutions start from PyTorch's default (--init torch).
 
-    python methods/lort.py [--stage1 runs/.../weights.pt [--retrain all]]
+    python methods/lort.py [--stage1 runs/.../weights.pt] [--retrain all]
 """
 import math
 import sys

@@ -2,9 +2,10 @@
 Ha, Park, Choi, BMVC 2023.
 
 A RECONSTRUCTION: only the poster is at hand, and its formula of the regulariser R_LWR is lost. What the
-poster fixes: weight vectors repel each other, a threshold theta on a cosine gates the repulsion (theta = 1
-gives exactly the base loss), a variant 'with projection' that is not the same as the one without, and a
-weight lambda(t) that changes over time. Our R gains nothing over its base; the poster's 3.0 to 4.4.
+poster fixes: weight vectors repel each other; theta from -1 to 1, where 1 gives exactly the base loss (so we
+take it for a threshold on the cosine); a variant 'with projection' that is not the same as the one without;
+a weight lambda(t) that changes over time. Our R gains nothing over its base; the poster's gains 3.0 to 4.4
+points.
 
 Idea: balanced losses pull the weight vectors of similar classes together; push apart those that are already
 close.
@@ -45,7 +46,8 @@ public. Departures and choices where the poster is silent
   show the poster's numbers (bs 48.7, with R 51.5). With several processes ce-drw's mean is over the weights
   of each one's share.
 
-    python methods/lwr.py --base bs                       python methods/lwr.py --base bs --strength 0
+    python methods/lwr.py
+    python methods/lwr.py --strength 0
 """
 import sys
 from pathlib import Path

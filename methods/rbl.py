@@ -10,8 +10,8 @@ the directions of the classes can follow the data while no class loses its share
     z = g(x)^T R E,   L = cross-entropy(z, y)
     test: argmax_c z_c - tau log(n_c / N),  tau = 1          post-hoc logit adjustment
 
---head fixed freezes X = 0, which is the paper's 'Fixed'; --head linear learns a linear classifier on g
-instead.
+--head fixed freezes X = 0, our reading of the paper's 'Fixed', whose code is not released. --head linear
+learns a linear classifier on g instead.
 
 To reproduce: Table 1 (best epoch on the test set), CIFAR-100-LT, IF 100, ResNet-32: RBL 53.1, Fixed 52.3;
 CIFAR-10-LT: 84.7, 84.0. The authors' logs of RBL have 52.78 and 83.48 at the last epoch.
@@ -20,9 +20,9 @@ g has a linear layer of its own, which can absorb R: rbl and fixed can express t
 gains is a matter of optimisation. Weight decay acts on X too, and so pulls R back to B, as in the authors'
 code.
 
-Code read: qqgroup66666/rbl. Departures that move the number:
+Code read: qqgroup66666/rbl. Departures that may move the number:
 - The frame is the released code's E, whose columns have cosine -1/(d-1), and not the paper's simplex of C
-  vertices. 'Fixed' is inferred: its body is not released.
+  vertices.
 - CIFAR's mean and std where theirs takes ImageNet's; 10,847 images (int) where theirs takes 10,945 (ceil).
 Others:
 - The last batch of an epoch may be short; the authors' code drops it. Their training accuracy per epoch is of
@@ -30,8 +30,8 @@ Others:
 - AutoAugment's operations are torchvision's on uint8 tensors. Colour and contrast differ from Pillow's by one
   grey level on 14 to 48 % of the values, AutoContrast on 3 %. The authors' copy rotates one way only and
   shears with bicubic interpolation.
-- ImageNet-LT: no recipe is public. Ours is SADE's (ResNeXt-50, 180 epochs, batch 64) with d = 1024, so the
-  table does not show the poster's 53.3.
+- ImageNet-LT: no recipe is public. Ours is SADE's (ResNeXt-50, 180 epochs, batch 64) with RBL's warm-up and
+  d = 1024, so the table does not show the poster's 53.3.
 
     python methods/rbl.py --head rbl
 """
@@ -183,9 +183,9 @@ def strong(images, generator):
 
 def accuracy_and_loss(logits, labels, shift=0.0):
     """What the poster's Figures 3 and 4 plot over the epochs (here in log.jsonl, with --eval-every): accuracy
-    in percent, of logits - shift, and cross-entropy, of the logits. logits (N, C), labels (N,), shift
-    (C,)."""
-    hits = (logits - shift).argmax(1) == labels
+    in percent and cross-entropy of logits - shift. logits (N, C), labels (N,), shift (C,)."""
+    logits = logits - shift
+    hits = logits.argmax(1) == labels
     accuracy = 100 * hits.float().mean().item()
     return accuracy, F.cross_entropy(logits, labels).item()
 

@@ -60,7 +60,6 @@ def result(out):
 
 def saved(out, name="weights.pt"):
     """What torch saved in the only run of a folder."""
-    import common
     path, = out.glob(f"*/{name}")
     return common.load(path)
 

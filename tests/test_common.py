@@ -2,7 +2,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The README's commands exist, its table is the recorded one, and what it says of sizes and density holds."""
+"""The README's commands exist, its table is the recorded one; the code stays plain."""
 import ast
 import json
 import re

@@ -124,8 +124,8 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         net = {change: {name: value for name, value in net[change].items() if not name.startswith("fc.")} for change in net}
     assert same(net["nothing"], net["val"])
     if script == "ewb_fdr":
-        assert [[row["strength"] for row in run[change]["rows"]] for change in ("nothing",)] == \
-            [[row["strength"] for row in run[change]["rows"]] for change in ("test",)]
+        strengths = {change: [row["strength"] for row in run[change]["rows"]] for change in run}
+        assert strengths["nothing"] == strengths["test"]
     else:  # by which flags may be chosen
         val = [run[change]["metrics"]["val"] for change in ("nothing", "test", "val")]
         assert val[0] == val[1] != val[2] and 0 < val[0]["all"] < 100 and val[0]["few"] is not None
@@ -197,7 +197,7 @@ def test_rbl_keeps_its_curves(call, tmp_path):
     log = next(tmp_path.glob("runs/*/log.jsonl")).read_text().splitlines()
     accuracy, loss = json.loads(log[-1])["test_acc_ce"]
     assert accuracy == pytest.approx(result(tmp_path / "runs")["rows"][1]["acc"]["all"])  # the test set is balanced
-    assert loss == pytest.approx(F.cross_entropy(kept["logits"], kept["labels"]).item())
+    assert loss == pytest.approx(F.cross_entropy(kept["rows"]["rbl"], kept["labels"]).item())
     assert all("train_acc_ce" in line for line in log)
 
 
@@ -623,13 +623,15 @@ def fake(tmp_path):
     return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "TRACE": str(tmp_path / "trace")}
 
 
+RUNS = 23  # of run_all.sh, a seed and imbalance factor
+
+
 def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
-    """23 runs a seed and imbalance factor."""
     trace = tmp_path / "trace"
     environment = fake | {"JOBS": "3", "SEEDS": "0\n1", "IMB": "100 50"}
     done = run_all("cifar100", BREAK="rbl-fixed", **environment)
     assert done.returncode == 1 and done.stderr.count("rbl.py --head fixed") == 4 and "broken on purpose" in done.stderr
-    assert len(trace.read_text().splitlines()) == 4 * 23 and done.stdout.count("finished:") == 4 * 22
+    assert len(trace.read_text().splitlines()) == 4 * RUNS and done.stdout.count("finished:") == 4 * (RUNS - 1)
     assert trace.read_text().count("--retrain all") == 4
     assert "| rbl-rbl |" in done.stdout
     done = run_all("cifar100", **environment | {"METHODS": "lort\thinge_ce", "SEEDS": "7"})
@@ -637,16 +639,16 @@ def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
     trace.unlink()
     done = run_all("one-protocol", **environment | {"SEEDS": "0", "IMB": "100"})
     runs = trace.read_text().splitlines()
-    assert done.returncode == 0 and len(runs) == 23 and sum("--augment crop" in run for run in runs) == 3
+    assert done.returncode == 0 and len(runs) == RUNS and sum("--augment crop" in run for run in runs) == 3
     protocol = "--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100"
     assert all(protocol in run for run in runs)
     done = run_all("cifar10", **environment | {"SEEDS": "0"})
-    assert done.stdout.count("finished:") == 23 + 22  # no cones at imbalance factor 50
+    assert done.stdout.count("finished:") == 2 * RUNS - 1  # no cones at imbalance factor 50
 
 
 @pytest.mark.parametrize("words", ["cifar100", "one-protocol"])
 def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
-    """Every command up to its training, with 100 (or 10) classes of one grey image in place of CIFAR."""
+    """Every command up to its training, with 100 classes of one grey image in place of CIFAR."""
     class Begins(Exception):
         pass
 
@@ -654,7 +656,7 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         raise Begins
 
     def data(args, device):
-        labels = torch.arange(10 if words == "cifar10" else 100)
+        labels = torch.arange(100)
         grey = torch.zeros(len(labels), 32, 32, 3, dtype=torch.uint8)
         split = common.Split(grey, labels, torch.zeros(3), torch.ones(3))
         return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), [], {})
@@ -667,7 +669,7 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         script, *flags = line.split()
         with pytest.raises(Begins):
             importlib.import_module(Path(script).stem).main([*flags, "--out", str(tmp_path / str(number))])
-    assert number == 22
+    assert number + 1 == RUNS
 
 
 def test_a_stopped_run_all_leaves_no_run_behind(fake, tmp_path):
