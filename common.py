@@ -29,7 +29,9 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -495,7 +497,8 @@ def fail(message, code=2):
 
 def guard(main):
     """Call a script's main(). Ctrl-C, a full disk and a full memory end with one line too."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except KeyboardInterrupt:
@@ -707,6 +710,7 @@ def captured(step, net, optimizer, enabled=True):
 
 SAVE_EVERY = 30.0  # seconds
 NO_INFLUENCE = ("out", "data_root", "no_graph", "published", "command")  # args that change no result
+HELD = {}  # folder -> the lock of this process's run there: a notebook may call main() again
 
 
 def save(path, content, every_rank=False):
@@ -882,7 +886,10 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if RANK == 0:
-                self.lock = lock(self.folder, wait=False)
+                folder = self.folder.resolve()
+                if folder in HELD:
+                    os.close(HELD.pop(folder))
+                HELD[folder] = lock(folder, wait=False)
         except BlockingIOError:
             fail(f"{self.folder} is in use by another process: wait for it, or choose another --out")
         except OSError as error:
@@ -900,7 +907,9 @@ class Run:
 
     def _same_run(self, path, saved):
         """Refuse what another run has left in this folder."""
-        same_flags(path, saved.get("flags", {}), self.flags, ": choose another --out, or delete the folder")
+        wanted = self.flags.copy()
+        wanted.pop("stage1", None)  # its content is compared; the file may have been moved
+        same_flags(path, saved.get("flags", {}), wanted, ": choose another --out, or delete the folder")
         if saved["subset"] != self.data.subset:
             fail(f"{path} is of other images: the data have changed; delete the folder to start again")
 
@@ -958,6 +967,8 @@ class Run:
         return self.folder / f"{self.stage}.ckpt"  # one per stage: stage 2 goes on from both
 
     def _save(self, net):
+        lines = [json.dumps(line) + "\n" for line in self.history]
+        save(self.folder / "log.jsonl", "".join(lines))  # first: after the checkpoint no epoch is made again
         save(self._checkpoint(), {
             "flags": self.flags,
             "subset": self.data.subset,
@@ -967,8 +978,6 @@ class Run:
             "epoch": self.epoch + 1,
             "history": self.history,
             "best_test": self.best_test})
-        lines = [json.dumps(line) + "\n" for line in self.history]
-        save(self.folder / "log.jsonl", "".join(lines))
 
     def _resume(self, net):
         """Load the stage's checkpoint; returns the number of epochs done."""
@@ -1137,7 +1146,11 @@ NOT_IN_TABLE = r" --(seed|out|device|data-root|eval-every)[ =]('[^']*'|\S+)"  # 
 def load_results(path):
     """The results in every result.json below a folder, or in the lines of a file."""
     results = []
-    for file in sorted(path.rglob("result.json")) if path.is_dir() else [path]:
+    files = [path]
+    if path.is_dir():
+        names = sorted(glob.glob("**/result.json", root_dir=path, recursive=True))          # follows links
+        files = [path / name for name in names]
+    for file in files:
         try:
             lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
             table(lines)  # raises if a field is missing
@@ -1230,7 +1243,8 @@ def classify(net, saved, paths):
 
 def print_predictions(run, row, paths):
     """The five most probable classes of images."""
-    net, saved = load_network(Path(run, "weights.pt"), row)
+    file = "stage1.pt" if row == "stage 1" else "weights.pt"
+    net, saved = load_network(Path(run, file), row)
     for path, probabilities in zip(paths, classify(net, saved, paths)):
         words = []
         for c in probabilities.argsort(descending=True)[:5].tolist():
@@ -1374,9 +1388,11 @@ def listed_images(args):
         found = np.unique(parts[part][1]).tolist()
         if found != expected:
             fail(f"{root}: the labels of the {part} list are not 0 to {len(names) - 1}, each with images")
-    leaked = set(parts["train"][0]) & set(parts["test"][0])
-    if leaked:
-        fail(f"{root}: {len(leaked)} images are in both the train and the test list, such as {min(leaked)}")
+    for one, other in combinations(parts, 2):
+        leaked = set(parts[one][0]) & set(parts[other][0])
+        if leaked:
+            fail(f"{root}: {len(leaked)} images are in both the {one} and the {other} list, such as "
+                 f"{min(leaked)}")
     return parts, [names[c] for c in expected]
 
 
@@ -1404,7 +1420,8 @@ def open_image(path, own=True):
         if image.mode[0] in "IF":
             raise ValueError("16-bit and float pixels: convert them to 8 bits")
         if own:
-            image = ImageOps.exif_transpose(image)
+            with suppress(Exception):  # a damaged EXIF block: the image is taken as it lies
+                image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
     except MemoryError:
         raise

@@ -38,6 +38,7 @@ python=$(command -v python || command -v python3) || refuse "there is no python:
 for number in $SEEDS $IMB; do
     [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || refuse "SEEDS and IMB are whole numbers, not $number"
 done
+[[ ! " "${IMB//[[:space:]]/ }" " == *" 0 "* ]] || refuse "IMB=$IMB: factors are 1 or more"
 for name in $METHODS; do
     [[ -f methods/$name.py && $name != */* ]] || refuse "METHODS: there is no methods/$name.py"
 done

@@ -28,8 +28,8 @@ Others:
 - The last batch of an epoch may be short; the authors' code drops it. Their training accuracy per epoch is of
   augmented images, ours of plain ones.
 - AutoAugment's operations are torchvision's on uint8 tensors. Colour and contrast differ from Pillow's by one
-  grey level on 14 to 48 % of the values, AutoContrast on 3 %. The authors' copy rotates one way only and
-  shears with bicubic interpolation.
+  grey level on 14 to 48 % of CIFAR's values, AutoContrast on 2 to 3 %. The authors' copy rotates one way
+  only and shears with bicubic interpolation.
 - ImageNet-LT: no recipe is public. Ours is SADE's (ResNeXt-50, 180 epochs, batch 64) with RBL's warm-up and
   d = 1024, so the table does not show the poster's 53.3.
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 from conftest import ROOT, SCRIPTS
@@ -270,6 +270,20 @@ def test_a_path_is_a_folder_even_if_it_is_named_like_a_set(own, refused, monkeyp
     args = common.base_parser("").parse_args(["--dataset", "cifar10/"])
     assert args.dataset == "./cifar10" and common.base_parser("").parse_args(["--dataset", "cifar10"]).dataset == "cifar10"
     assert common.base_parser("").parse_args(["--dataset", "x/"]).dataset == "x"
+
+
+def test_a_damaged_exif_block_is_no_reason_to_refuse_an_image(tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.jpg", dpi=(72, 72), exif=b"Exif\0\0no such block")
+    with pytest.raises(SyntaxError):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert common.open_image(tmp_path / "a.jpg").getpixel((0, 0)) == (254, 0, 0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "b.jpg", exif=turned)
+    whole = (tmp_path / "b.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        common.open_image(tmp_path / "b.jpg")
 
 
 def test_a_channel_may_be_constant(own):

@@ -355,5 +355,8 @@ def test_results_of_a_folder_and_of_a_file(tmp_path, capsys):
     (tmp_path / "runs" / "a" / "result.json").write_text(json.dumps(line()))
     (tmp_path / "all.jsonl").write_text(json.dumps(line()) + "\n\n" + json.dumps(line(seed=1)))
     assert common.load_results(tmp_path / "runs") == [line()]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(tmp_path / "runs" / "a")
+    assert common.load_results(tmp_path / "linked") == [line()]
     assert common.load_results(tmp_path / "all.jsonl") == [line(), line(seed=1)]
     assert common.load_results(tmp_path / "runs" / "a" / "result.json") == [line()]

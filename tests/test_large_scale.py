@@ -72,6 +72,7 @@ def test_inat18_is_tested_on_its_val_list(photos, tmp_path):
 @pytest.mark.parametrize("how, word", [("no list", "ImageNet_LT_train.txt"), ("no label", "lines `path label`"),
                                        ("a gap", "not 0 to"), ("a class not in test", "test list are not 0 to 4"),
                                        ("empty", "it is empty"), ("tested on", "1 images are in both"),
+                                       ("val is test", "both the test and the val list"),
                                        ("an image gone", "1 of 30 images"),
                                        ("flat val", "30 of 30 images"), ("not an image", "cannot be read")])
 def test_a_broken_folder_is_one_line(refused, photos, tmp_path, how, word):
@@ -94,6 +95,8 @@ def test_a_broken_folder_is_one_line(refused, photos, tmp_path, how, word):
         lists["val"] = ""
     if how == "tested on":
         lists["test"] += lists["train"].splitlines()[0]
+    if how == "val is test":
+        lists["val"] = lists["test"]
     if how == "an image gone":
         (tmp_path / "val/n00/test0.JPEG").unlink()
     if how == "not an image":

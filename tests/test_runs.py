@@ -1,5 +1,6 @@
 """Whole runs: repeatable, resumable, honest about the test set; results are neither lost nor mixed."""
 import importlib
+import io
 import json
 import os
 import resource
@@ -227,6 +228,29 @@ def test_stage_one_may_not_be_exchanged_in_between(call, refused, tmp_path, monk
     capsys.readouterr()
     shutil.copy(other, stage1)
     refused("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "new", words=["stage1-sha256"])
+
+
+def test_a_run_may_be_stopped_and_go_on_in_a_notebook(call, monkeypatch, tmp_path):
+    """In one process, with a stdout that is no file."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call("lwr", *TINY) == 130
+    assert call("lwr", *TINY) == 0
+    assert "resumed after epoch 2" in sys.stdout.getvalue()
+
+
+def test_finished_runs_may_be_moved_with_their_stage_one(call, tmp_path):
+    flags = (*TINY, "--epochs2", "1")
+    assert call("lort", *flags, out=tmp_path / "here") == 0
+    flags = ("--imb-factor", "100", "--epochs2", "1", "--stage1")
+    (tmp_path / "here").rename(tmp_path / "there")
+    stage1, = tmp_path.glob("there/*/stage1.pt")
+    assert call("lort", *flags, stage1, out=tmp_path / "new") == 0
+    done = next(tmp_path.glob("new/*/result.json")).stat().st_mtime_ns
+    moved = stage1.rename(tmp_path / "moved.pt")
+    assert call("lort", *flags, moved, out=tmp_path / "new") == 0
+    assert next(tmp_path.glob("new/*/result.json")).stat().st_mtime_ns == done
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
@@ -576,7 +600,7 @@ def run_all(*words, **environment):
 
 
 WRONG = [{"JOBS": "0"}, {"JOBS": "abc"}, {"SEEDS": " "}, {"SEEDS": "00"}, {"IMB": "1e2"}, {"METHODS": "rbl vit"},
-         {"METHODS": ""}, {"METHODS": "../common"}, {"FLAGS": "--seed 5"}, {"OUT": "/dev/null/x"}, {"OUT": "my runs"}, {"IMB": "natural"}]
+         {"METHODS": ""}, {"METHODS": "../common"}, {"FLAGS": "--seed 5"}, {"OUT": "/dev/null/x"}, {"OUT": "my runs"}, {"IMB": "natural"}, {"IMB": "0"}]
 
 
 @pytest.mark.parametrize("words, environment", [(["imagenet"], {}), (["cifar10", "x"], {})] + [([], e) for e in WRONG])
