@@ -1197,6 +1197,7 @@ def table(results):
     text, sources = [], []
     for title, lines in sets.items():
         text += ["", title, "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+        above = None
         for (method, name, _), runs_and_rows in lines.items():
             runs = [result for result, _ in runs_and_rows.values()]
             rows = [row for _, row in runs_and_rows.values()]
@@ -1211,6 +1212,7 @@ def table(results):
             for group in rows[0]["acc"]:
                 scores[group] = plus_minus([row["acc"][group] for row in rows])
             hours = np.mean([run["seconds"] for run in runs]) / 3600
+            command = re.sub(NOT_IN_TABLE, "", runs[0]["command"])
             cells = [
                 method,
                 name,
@@ -1220,8 +1222,9 @@ def table(results):
                 plus_minus([row["acc_flip"]["all"] for row in rows]),
                 " ".join(str(run["seed"]) for run in runs),
                 f"{hours:.2g} h, {runs[0]['device']}",
-                f"`{re.sub(NOT_IN_TABLE, '', runs[0]['command'])}`"]
+                "as above" if command == above else f"`{command}`"]
             text.append("| " + " | ".join(cells) + " |")
+            above = command
     for k, source in enumerate(sources):
         text += ["", f"[{k + 1}] {source}"]
     return "\n".join(text[1:])
