@@ -1391,8 +1391,9 @@ def listed_images(args):
         found = np.unique(parts[part][1]).tolist()
         if found != expected:
             fail(f"{root}: the labels of the {part} list are not 0 to {len(names) - 1}, each with images")
-    for one, other in combinations(parts, 2):
-        leaked = set(parts[one][0]) & set(parts[other][0])
+    listed = {part: set(paths) for part, (paths, _) in parts.items()}
+    for one, other in combinations(listed, 2):
+        leaked = listed[one] & listed[other]
         if leaked:
             fail(f"{root}: {len(leaked)} images are in both the {one} and the {other} list, such as "
                  f"{min(leaked)}")
@@ -1423,8 +1424,9 @@ def open_image(path, own=True):
         if image.mode[0] in "IF":
             raise ValueError("16-bit and float pixels: convert them to 8 bits")
         if own:
-            with suppress(Exception):  # a damaged EXIF block: the image is taken as it lies
-                image = ImageOps.exif_transpose(image)
+            with suppress(Exception):  # a damaged EXIF block; Pillow then takes it for an empty one
+                image.getexif()
+            image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
     except MemoryError:
         raise

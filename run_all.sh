@@ -35,10 +35,12 @@ python=$(command -v python || command -v python3) || refuse "there is no python:
 [[ $JOBS =~ ^[1-9][0-9]?$ ]] || refuse "JOBS=$JOBS: a number of runs, from 1 to 99"
 [[ $SEEDS =~ [^[:space:]] && $IMB =~ [^[:space:]] && $METHODS =~ [^[:space:]] ]] || refuse "SEEDS, IMB or METHODS is empty"
 [[ ! $OUT =~ [[:space:]] ]] || refuse "OUT: a path without spaces is needed, not $OUT"
-for number in $SEEDS $IMB; do
-    [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || refuse "SEEDS and IMB are whole numbers, not $number"
+for seed in $SEEDS; do
+    [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || refuse "SEEDS are whole numbers, not $seed"
 done
-[[ ! " "${IMB//[[:space:]]/ }" " == *" 0 "* ]] || refuse "IMB=$IMB: factors are 1 or more"
+for factor in $IMB; do
+    [[ $factor =~ ^[1-9][0-9]*$ ]] || refuse "IMB: factors are whole numbers from 1 on, not $factor"
+done
 for name in $METHODS; do
     [[ -f methods/$name.py && $name != */* ]] || refuse "METHODS: there is no methods/$name.py"
 done

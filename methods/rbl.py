@@ -183,10 +183,9 @@ def strong(images, generator):
     return cutout(autoaugment(common.crop_flip(images, generator), generator), generator)
 
 
-def accuracy_and_loss(logits, labels, shift=0.0):
+def accuracy_and_loss(logits, labels):
     """What the poster's Figures 3 and 4 plot over the epochs (here in log.jsonl, with --eval-every): accuracy
-    in percent and cross-entropy of logits - shift. logits (N, C), labels (N,), shift (C,)."""
-    logits = logits - shift
+    in percent and cross-entropy. logits (N, C), labels (N,)."""
     hits = logits.argmax(1) == labels
     accuracy = 100 * hits.float().mean().item()
     return accuracy, F.cross_entropy(logits, labels).item()
@@ -248,6 +247,10 @@ def main(argv=None):
     augment = strong if args.augment == "strong" else common.crop_flip
     run.begin(data, net, "crop, flip, AutoAugment, Cutout" if augment is strong else "crop, flip")
 
+    def adjusted(h):
+        """z - tau log(n_c / N)."""
+        return net.fc(h) - args.tau * log_prior
+
     def step(x, labels):
         with run.autocast():
             h = net.features(x).float()
@@ -267,14 +270,10 @@ def main(argv=None):
         run.log(losses)
         if run.eval_due():
             z_train = net.fc(common.features(net, data.train)).detach()
-            z_test = net.fc(common.features(net, data.test)).detach()
+            z_test = adjusted(common.features(net, data.test)).detach()
             train = accuracy_and_loss(z_train, data.train.labels)
-            test = accuracy_and_loss(z_test, data.test.labels, args.tau * log_prior)
-            run.keep_best(z_test - args.tau * log_prior, train_acc_ce=train, test_acc_ce=test)
-
-    def adjusted(h):
-        """z - tau log(n_c / N)."""
-        return net.fc(h) - args.tau * log_prior
+            test = accuracy_and_loss(z_test, data.test.labels)
+            run.keep_best(z_test, train_acc_ce=train, test_acc_ce=test)
 
     run.compute_test_features(net)
     run.score(f"{args.head}, no adjustment", net.fc)

@@ -30,6 +30,10 @@ MODES = {"ewb_fdr": [("--variant", v) for v in VARIANTS] + [("--variant", "wb", 
 RUNS = [(script, ()) for script in SCRIPTS] + [("lort", ("--retrain", "all"))]
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="session")
 def wd(tmp_path_factory):
     """weights.pt of a wd run, which holds 10 images a class out."""
@@ -223,7 +227,7 @@ def test_stage_one_may_not_be_exchanged_in_between(call, refused, tmp_path, monk
     stage1 = tmp_path / "stage1.pt"
     shutil.copy(own, stage1)
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(common.Run, "finish", interrupt)
         assert call("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "new") == 130
     capsys.readouterr()
     shutil.copy(other, stage1)
@@ -234,7 +238,7 @@ def test_a_run_may_be_stopped_and_go_on_in_a_notebook(call, monkeypatch, tmp_pat
     """In one process, with a stdout that is no file."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(common.Run, "finish", interrupt)
         assert call("lwr", *TINY) == 130
     assert call("lwr", *TINY) == 0
     assert "resumed after epoch 2" in sys.stdout.getvalue()
@@ -586,7 +590,7 @@ def test_logits_that_are_no_numbers_are_not_recorded(call, capsys, tmp_path):
 
 
 def test_a_cpu_says_how_long_it_will_take(call, monkeypatch, capsys):
-    monkeypatch.setattr(common.Run, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(common.Run, "_save", interrupt)
     monkeypatch.setattr(common, "SAVE_EVERY", 0.0)
     assert call("hinge_ce", "--epochs", "100000") == 130
     assert "hours" in capsys.readouterr().out
@@ -600,7 +604,8 @@ def run_all(*words, **environment):
 
 
 WRONG = [{"JOBS": "0"}, {"JOBS": "abc"}, {"SEEDS": " "}, {"SEEDS": "00"}, {"IMB": "1e2"}, {"METHODS": "rbl vit"},
-         {"METHODS": ""}, {"METHODS": "../common"}, {"FLAGS": "--seed 5"}, {"OUT": "/dev/null/x"}, {"OUT": "my runs"}, {"IMB": "natural"}, {"IMB": "0"}]
+         {"METHODS": ""}, {"METHODS": "../common"}, {"FLAGS": "--seed 5"}, {"OUT": "/dev/null/x"}, {"OUT": "my runs"},
+         {"IMB": "natural"}, {"IMB": "0"}]
 
 
 @pytest.mark.parametrize("words, environment", [(["imagenet"], {}), (["cifar10", "x"], {})] + [([], e) for e in WRONG])
@@ -647,7 +652,7 @@ def fake(tmp_path):
     return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "TRACE": str(tmp_path / "trace")}
 
 
-RUNS = 23  # of run_all.sh, a seed and imbalance factor
+RUN_ALL = 23  # runs of run_all.sh, a seed and imbalance factor
 
 
 def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
@@ -655,7 +660,7 @@ def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
     environment = fake | {"JOBS": "3", "SEEDS": "0\n1", "IMB": "100 50"}
     done = run_all("cifar100", BREAK="rbl-fixed", **environment)
     assert done.returncode == 1 and done.stderr.count("rbl.py --head fixed") == 4 and "broken on purpose" in done.stderr
-    assert len(trace.read_text().splitlines()) == 4 * RUNS and done.stdout.count("finished:") == 4 * (RUNS - 1)
+    assert len(trace.read_text().splitlines()) == 4 * RUN_ALL and done.stdout.count("finished:") == 4 * (RUN_ALL - 1)
     assert trace.read_text().count("--retrain all") == 4
     assert "| rbl-rbl |" in done.stdout
     done = run_all("cifar100", **environment | {"METHODS": "lort\thinge_ce", "SEEDS": "7"})
@@ -663,11 +668,11 @@ def test_run_all_makes_every_run_and_goes_on_after_a_failure(fake, tmp_path):
     trace.unlink()
     done = run_all("one-protocol", **environment | {"SEEDS": "0", "IMB": "100"})
     runs = trace.read_text().splitlines()
-    assert done.returncode == 0 and len(runs) == RUNS and sum("--augment crop" in run for run in runs) == 3
+    assert done.returncode == 0 and len(runs) == RUN_ALL and sum("--augment crop" in run for run in runs) == 3
     protocol = "--backbone resnet34 --epochs 200 --batch-size 128 --val-per-class 20 --dataset cifar100"
     assert all(protocol in run for run in runs)
     done = run_all("cifar10", **environment | {"SEEDS": "0"})
-    assert done.stdout.count("finished:") == 2 * RUNS - 1  # no cones at imbalance factor 50
+    assert done.stdout.count("finished:") == 2 * RUN_ALL - 1  # no cones at imbalance factor 50
 
 
 @pytest.mark.parametrize("words", ["cifar100", "one-protocol"])
@@ -693,7 +698,7 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         script, *flags = line.split()
         with pytest.raises(Begins):
             importlib.import_module(Path(script).stem).main([*flags, "--out", str(tmp_path / str(number))])
-    assert number + 1 == RUNS
+    assert number + 1 == RUN_ALL
 
 
 def test_a_stopped_run_all_leaves_no_run_behind(fake, tmp_path):
