@@ -311,8 +311,9 @@ class Block(nn.Module):
         if self.stride == 2:
             half = self.new_channels // 2
             shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x)).add_(shortcut)  # in place: less memory to move
+        return F.relu(x, inplace=True)
 
 
 class ResNet32(nn.Module):
@@ -337,7 +338,8 @@ class ResNet32(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, x):
-        return self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3))
+        x = F.relu(self.bn(self.conv(x)), inplace=True)
+        return self.blocks(x).mean((2, 3))
 
 
 class ResNet34(nn.Module):
@@ -1211,7 +1213,8 @@ def table(results):
             scores = {}
             for group in rows[0]["acc"]:
                 scores[group] = plus_minus([row["acc"][group] for row in rows])
-            hours = np.mean([run["seconds"] for run in runs]) / 3600
+            minutes = np.mean([run["seconds"] for run in runs]) / 60
+            duration = f"{minutes:.2g} min" if minutes < 60 else f"{minutes / 60:.2g} h"
             command = re.sub(NOT_IN_TABLE, "", runs[0]["command"])
             cells = [
                 method,
@@ -1221,7 +1224,7 @@ def table(results):
                 "{many} / {medium} / {few}".format(**scores),
                 plus_minus([row["acc_flip"]["all"] for row in rows]),
                 " ".join(str(run["seed"]) for run in runs),
-                f"{hours:.2g} h, {runs[0]['device']}",
+                f"{duration}, {runs[0]['device']}",
                 "as above" if command == above else f"`{command}`"]
             text.append("| " + " | ".join(cells) + " |")
             above = command

@@ -336,7 +336,7 @@ def test_table_means_and_deviations():
     other["rows"][0]["acc"]["all"] = 52.0
     text = common.table([line(), other, other])
     assert "| rbl | rbl | 53.1 best epoch [1] | 51.0 ± 1.4 | 70.0 ± 0.0 / 50.0 ± 0.0 / - |" in text
-    assert "| 0 1 | 0.017 h, CPU | `methods/rbl.py --lr 1` |" in text and text.endswith("[1] poster, Table 1")
+    assert "| 0 1 | 1 min, CPU | `methods/rbl.py --lr 1` |" in text and text.endswith("[1] poster, Table 1")
     assert text.startswith("cifar100, imbalance: factor 100\n")
 
 
