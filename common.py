@@ -551,7 +551,8 @@ def base_parser(doc):
     add = parser.add_argument_group("common flags").add_argument
     add("--dataset", type=dataset, default="cifar100",
         help=f"{', '.join(DATASETS)}, or a folder of your own images")
-    add("--data-root", help="where the data are (./data), or where the paths in your lists begin (the lists)")
+    add("--data-root", help="folder of the data, by default ./data; of your own lists the folder that their "
+                            "paths begin in, by default that of the lists")
     add("--imb-factor", type=imbalance, default=100.0,
         help="images of the largest class over those of the smallest; natural: all images")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the standard subset")
@@ -809,15 +810,17 @@ def choose_device(name):
     """The torch.device of --device."""
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     if name == "auto":
-        name = gpus[int(os.environ.get("LOCAL_RANK", 0))] if gpus else "cpu"
-    if name not in ("cpu", *gpus) and not (name == "cuda" and gpus):
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in ("cpu", *gpus):
         fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
     return torch.device(name)
 
 
 def paper_number(paper, row, args):
     """What the paper has for a row, or None; only for the paper's own recipe.
-    paper: {row: (how it was read, source, {dataset: {imbalance factor: percent}})}."""
+    paper: {row: (how it was measured, source, {dataset: {imbalance factor: percent}})}."""
     if row not in paper or not args.published:
         return None
     reading, source, numbers = paper[row]
@@ -909,7 +912,7 @@ class Run:
 
     def _same_run(self, path, saved):
         """Refuse what another run has left in this folder."""
-        wanted = self.flags.copy()
+        wanted = {"stage1_sha256": None} | self.flags
         wanted.pop("stage1", None)  # its content is compared; the file may have been moved
         same_flags(path, saved.get("flags", {}), wanted, ": choose another --out, or delete the folder")
         if saved["subset"] != self.data.subset:
@@ -1060,7 +1063,7 @@ class Run:
             "best_test": best_test,
             "strength": strength,
             "paper": paper_number(self.paper, row, self.args)})
-        if logits.numel() > 2**25:  # 0.8 GB for iNaturalist 2018
+        if logits.numel() > 2**25:  # ImageNet-LT and iNaturalist 2018: 0.2 and 0.8 GB in fp32
             logits = logits.half()
         self.logits[row] = logits.cpu()
         self.classifiers[row] = as_linear(classifier, self.feat.shape[1], self.device)
@@ -1132,8 +1135,9 @@ class Run:
             "rows": self.logits,
             "strengths": {row["row"]: row["strength"] for row in self.rows}})
         save(self.folder / "result.json", json.dumps(result) + "\n")
-        for path in self.folder.glob("*.ckpt"):
-            path.unlink()
+        if RANK == 0:  # not before the first rank has written the result
+            for path in self.folder.glob("*.ckpt"):
+                path.unlink()
         for name, value in result["metrics"].items():
             print(f"  {name}: {value}")
         print(table([result]))
@@ -1175,6 +1179,13 @@ def plus_minus(values):
     return text
 
 
+def duration(seconds):
+    """As text, with two digits."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.2g} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+
+
 def all_but_seed(result):
     """Text that is equal for runs that differ in nothing but the seed."""
     flags = result["flags"] | dict.fromkeys(("seed", "eval_every", "stage1_sha256"))
@@ -1213,8 +1224,6 @@ def table(results):
             scores = {}
             for group in rows[0]["acc"]:
                 scores[group] = plus_minus([row["acc"][group] for row in rows])
-            minutes = np.mean([run["seconds"] for run in runs]) / 60
-            duration = f"{minutes:.2g} min" if minutes < 60 else f"{minutes / 60:.2g} h"
             command = re.sub(NOT_IN_TABLE, "", runs[0]["command"])
             cells = [
                 method,
@@ -1224,7 +1233,7 @@ def table(results):
                 "{many} / {medium} / {few}".format(**scores),
                 plus_minus([row["acc_flip"]["all"] for row in rows]),
                 " ".join(str(run["seed"]) for run in runs),
-                f"{duration}, {runs[0]['device']}",
+                f"{duration(np.mean([run['seconds'] for run in runs]))}, {runs[0]['device']}",
                 "as above" if command == above else f"`{command}`"]
             text.append("| " + " | ".join(cells) + " |")
             above = command

@@ -45,7 +45,7 @@ for name in $METHODS; do
     [[ -f methods/$name.py && $name != */* ]] || refuse "METHODS: there is no methods/$name.py"
 done
 for flag in $FLAGS; do
-    [[ $flag =~ ^--(seed|imb-factor|dataset|out|help)(=|$) ]] && refuse "FLAGS: SEEDS, IMB and OUT set ${flag%%=*}"
+    [[ $flag =~ ^--(seed|imb-factor|dataset|out|help)(=|$) ]] && refuse "FLAGS cannot have ${flag%%=*}: the data set is the argument; SEEDS, IMB and OUT are the rest"
 done
 mkdir -p "$OUT/logs" 2> /dev/null || refuse "OUT: cannot write to $OUT"
 exec 9> "$OUT/logs/lock" && flock -n 9 || refuse "run_all.sh is at work in $OUT already"

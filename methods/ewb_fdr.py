@@ -27,8 +27,8 @@ adjustment 53.0 (as quoted by LORT). EWB trains all of them for 320 epochs on CI
 
 Measured only on ResNet-32 (--backbone resnet32, 200 epochs, seed 0): wd 39.3, with additive adjustment 43.2,
 multiplicative 42.7; wb 39.3, with --cb-loss ce 40.7. A user of WB's code reports at most 39.5 for wd on that
-network (its issue 12). Stage 2 helps medium classes (39.6 to 51.0) at the cost of many (71.0 to 59.6), and
-not few (2.0 to 2.1).
+network (its issue 12). Stage 2 helps the medium classes (39.6 to 51.0) at the cost of the many (71.0 to
+59.6); the few gain nothing (2.0 to 2.1).
 
 Code read: ShadeAlsha/LTR-weight-balancing (WB),
 HN410/Exploring-Weight-Balancing-on-Long-Tailed-Recognition-Problem (EWB). Departures
@@ -308,10 +308,7 @@ def main(argv=None):
         metrics["fisher_ratio"][part] = fisher_ratio(feat, labels)
         metrics["cosine_between_classes"][part] = cosine_between_classes(feat, labels)
         metrics["norms_of_means"][part] = norms_of_means(feat, labels, data.counts)
-    scales = []  # of BatchNorm, Table 2
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            scales.append(module.weight.mean().item())
+    scales = [m.weight.mean().item() for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     headline = f"{variant} + multiplicative LA" if args.variant == "fr-etf" else variant
     run.finish(net, headline, **metrics, batchnorm_scale=sum(scales) / len(scales))
 

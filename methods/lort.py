@@ -54,7 +54,7 @@ def lort_loss(logits, labels, delta):
 
 def logits_magnitude(logits, labels):
     """Def. 1: L_i, (K,). logits (N, K), labels (N,)."""
-    own = F.one_hot(labels, logits.shape[1]).to(logits)                         # (N, K)
+    own = F.one_hot(labels, logits.shape[1]).float()                            # (N, K)
     other = 1 - own
     return (logits * own).sum(0) / own.sum(0) - (logits * other).sum(0) / other.sum(0)
 
@@ -129,7 +129,7 @@ PAPER |= {row: (*SOURCE, {"cifar100": {100: percent}}) for row, percent in TABLE
 STAGE_1 = ("epochs", "lr", "weight_decay")
 TRAINED = ("cosine", "lws", "ldam", "bs", "re-sampling", "focal", "cb", "max-norm", "lort")
 CONSTANTS = {"cosine": (1, 16), "ldam": (0.5, 2, 8), "focal": (1, 2), "cb": (0.9999,)}  # s to choose from
-RATES = ((0.01, 0), (0.01, 5e-3), (0.01, 0.1), (0.1, 0), (0.1, 5e-3), (1.0, 0))  # lr, weight decay; WB: 3rd
+RATES = ((0.01, 0), (0.01, 5e-3), (0.01, 0.1), (0.1, 0), (0.1, 5e-3), (1.0, 0))  # lr, weight decay (WB: 3rd)
 
 
 def cosine_lr(epoch, epochs, lr):
@@ -143,7 +143,7 @@ def parse_args(argv):
     add("--delta", type=common.number(float, 0, 1), help="of the targets; 0 is cross-entropy")
     add("--stage1", help="a network to retrain, instead of training stage 1: weights.pt of another script's "
         "run, or stage1.pt of this script's")
-    add("--retrain", choices=["all"], help="Table 1, in place of stage 2")
+    add("--retrain", choices=["all"], help="in place of stage 2: Table 1's classifiers on stage 1's features")
     add("--epochs2", type=common.ONE_OR_MORE, help="epochs of stage 2")
     add("--lr2", type=common.POSITIVE, help="peak learning rate of stage 2")
     add("--weight-decay2", type=common.NOT_NEGATIVE, help="of the classifier in stage 2")
@@ -238,7 +238,8 @@ def main(argv=None):
         wanted = {name: vars(args)[name] for name in STAGE_1 if vars(args)[name] is not None}
         net, data, stage1_flags = common.load_stage1(args, data, **wanted)
         if stage1_flags["val_per_class"] < args.val_per_class:
-            common.fail(f"--stage1 has seen images of --val-per-class {args.val_per_class}: train it so too")
+            held_out = f"--val-per-class {args.val_per_class}"
+            common.fail(f"--stage1 was trained on images that {held_out} holds out: train it with {held_out}")
         for name in ("batch_size", *STAGE_1):
             args.published &= stage1_flags[name] == RECIPE[name]
         args.published &= stage1_flags.get("variant") in (None, "wd")           # a lort run, or WB's features

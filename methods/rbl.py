@@ -198,7 +198,7 @@ RECIPE = dict(epochs=600, batch_size=256, lr=0.1, weight_decay=5e-4, backbone="r
 CHANGES = {"imagenet-lt": dict(epochs=180, batch_size=64, lr=0.025, backbone="resnext50_32x4d", dim=1024,
                                augment="crop"),                                 # ours: see above
            "synthetic": dict(epochs=20, batch_size=64, backbone="small", dim=64, augment="crop")}  # our demo
-SOURCE = "best epoch", "RBL's poster, Table 1"  # how the paper reads its number, and where it stands
+SOURCE = "best epoch", "RBL's poster, Table 1"  # how the paper measured its number, and where it stands
 PAPER = {"rbl": (*SOURCE, {"cifar10": {50: 87.6, 100: 84.7, 200: 81.2},
                            "cifar100": {50: 57.2, 100: 53.1, 200: 48.9}}),
          "fixed": (*SOURCE, {"cifar10": {50: 87.1, 100: 84.0, 200: 80.2},
