@@ -60,6 +60,12 @@ def saved(out, name="weights.pt"):
     return common.load(path)
 
 
+def log_of(out):
+    """The lines of log.jsonl of the only run of a folder."""
+    path, = out.glob("*/log.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 

@@ -86,6 +86,17 @@ def test_a_device_that_is_not_there(refused, device):
     refused("hinge_ce", "--device", device, words=["--device"])
 
 
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    names = ("auto", "cuda", "cuda:0", "cuda:1", "cpu")
+    assert [str(common.choose_device(name)) for name in names] == ["cuda:0", "cuda:0", "cuda:0", "cuda:1", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun: each process has a GPU of its own
+    assert str(common.choose_device("auto")) == str(common.choose_device("cuda")) == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit):
+        common.choose_device("auto")
+
+
 def test_precision_on_a_cpu(refused):
     refused("hinge_ce", "--precision", "tf32", words=["GPU"])
 
@@ -104,6 +115,9 @@ def test_no_such_data(refused, monkeypatch, tmp_path):
     refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path / "none", words=["cifar-100-python", "train", "synthetic"])
     (tmp_path / "file").write_text("")
     refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path / "file", words=["cifar-100-python"])
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"half")
+    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=["cifar-100-python", "damaged: train", "synthetic"])
 
 
 def test_damaged_class_names(refused, tmp_path, monkeypatch):
@@ -115,14 +129,7 @@ def test_damaged_class_names(refused, tmp_path, monkeypatch):
     md5 = __import__("hashlib").md5(b"x").hexdigest()
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "train_list", [["train", md5]])
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "test_list", [["test", md5]])
-    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=["damaged"])
-
-
-def test_a_damaged_cifar_file(refused, tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    (folder / "train").write_bytes(b"half")
-    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=[str(folder), "damaged", "synthetic"])
+    refused("hinge_ce", "--dataset", "cifar100", "--data-root", tmp_path, words=["damaged: meta;"])
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "empty", "folder", "tensor", "other network", "module", "number", "odd flags"])

@@ -255,7 +255,8 @@ def test_on_a_cpu_the_step_is_not_wrapped():
 # ---- networks
 
 def test_parameter_counts_and_shapes():
-    sizes = {name: sum(p.numel() for p in make(100).parameters()) for name, make in common.BACKBONES.items()}
+    names = ("resnet32", "resnet32_bn", "resnet34")
+    sizes = {name: sum(p.numel() for p in common.BACKBONES[name](100).parameters()) for name in names}
     assert sizes["resnet32"] == 470_004 == sizes["resnet32_bn"] - 128 and 21_300_000 < sizes["resnet34"] < 21_360_000
     assert sum(p.numel() for p in common.BACKBONES["resnet32"](10).parameters()) == 464_154
     for name, dim in (("resnet32", 64), ("resnet32_bn", 64), ("resnet34", 512), ("small", 64)):
@@ -266,14 +267,18 @@ def test_parameter_counts_and_shapes():
         assert feat.shape == (8, dim) and net.fc.weight.shape == (7, dim)
 
 
-def test_the_shortcut_is_option_a():
-    block = common.Block(16, 32, 2)
-    for parameter in block.parameters():
-        torch.nn.init.zeros_(parameter)
-    x = torch.rand(2, 16, 8, 8)
-    slow = torch.zeros(2, 32, 4, 4)
-    slow[:, 8:24] = x[:, :, ::2, ::2]
-    assert (block.eval()(x) == slow).all()
+@pytest.mark.parametrize("width, stride", [(16, 1), (32, 2)])
+def test_a_block_is_two_convolutions_and_a_shortcut_of_option_a(width, stride):
+    def bn(y):
+        variance = y.var((0, 2, 3), correction=0, keepdim=True)
+        return (y - y.mean((0, 2, 3), keepdim=True)) / (variance + 1e-5).sqrt()
+    block, x = common.Block(16, width, stride).double(), torch.randn(4, 16, 8, 8).double()
+    y = bn(F.conv2d(x, block.conv1.weight, stride=stride, padding=1)).relu()
+    y = bn(F.conv2d(y, block.conv2.weight, padding=1))
+    first = (width - 16) // 2
+    y[:, first:first + 16] += x[:, :, ::stride, ::stride]
+    before = x.clone()
+    assert torch.allclose(block(x), y.relu()) and (x == before).all()
 
 
 @pytest.mark.parametrize("classes, dim", [(2, 2), (10, 10), (100, 128)])
@@ -297,6 +302,14 @@ def test_report_by_hand():
     assert common.report(torch.eye(2), torch.tensor([0, 1]), [500, 200]) == {"all": 100.0, "many": 100.0, "medium": None, "few": None}
     absent = common.report(torch.eye(3)[:2], torch.tensor([0, 1]), [500, 200, 5])  # no image of the third class
     assert absent == {"all": 100.0, "many": 100.0, "medium": None, "few": None}
+
+
+def test_the_best_accuracy_on_the_test_set_is_kept():
+    data = SimpleNamespace(test=SimpleNamespace(labels=torch.tensor([0, 1])), counts=[5, 5])
+    run = SimpleNamespace(best_test=None, history=[{}], data=data)
+    for logits in (torch.eye(2), torch.eye(2).flip(0)):
+        common.Run.keep_best(run, logits)
+    assert run.best_test == 100
 
 
 def test_features_are_of_plain_or_flipped_images_in_eval_mode():

@@ -166,23 +166,6 @@ common.cached_squares(sorted(pathlib.Path({str(photos)!r}).glob("val/*/*.JPEG"))
     assert sorted(process.communicate(timeout=300)[0].count("decoded") for process in processes) == [0, 30]
 
 
-def test_own_photographs_are_read_anew_when_a_file_changes(tmp_path):
-    rng = np.random.RandomState(0)
-    for part, n in (("train", 5), ("test", 2)):
-        for name in "ab":
-            (tmp_path / part / name).mkdir(parents=True)
-            for k in range(n):
-                picture(rng, 70, 50, 30).save(tmp_path / part / name / f"{k}.png")
-    args = arguments(tmp_path, *FLAGS)
-    args.dataset, args.data_root = str(tmp_path), None
-    before = common.load_data(args, CPU)
-    picture(rng, 90, 80, 90).save(tmp_path / "train" / "a" / "0.png")
-    after = common.load_data(args, CPU)
-    assert after.subset["content"] != before.subset["content"]
-    changed = after.train.images.read(np.arange(10)) != before.train.images.read(np.arange(10))
-    assert changed.flatten(1).any(1).sum() == 1 and len(after.train.sizes.unique(dim=0)) == 2
-
-
 # ---- crops on the device
 
 def test_boxes_are_drawn_as_torchvision_draws_them():
@@ -235,7 +218,6 @@ def test_colour_jitter_is_torchvisions():
             image = operations[kind](image, 1 + 0.4 * (2 * u[k, 3 + kind].item() - 1))
         differences.append(np.abs(ours[k].numpy() - np.asarray(image)))
     assert np.mean(differences) < 0.01 and np.max(differences) <= 3
-    assert len({tuple(order) for order in torch.rand(500, 3).argsort(1).tolist()}) == 6
 
 
 # ---- ranks
@@ -292,7 +274,7 @@ common.guard(lambda: {script}.main({argv!r}))
 NO_BATCHNORM = "torch.nn.BatchNorm2d = lambda channels: torch.nn.GroupNorm(4, channels)"
 
 
-def run(tmp_path, script, *flags, world=1, before="", after="", out="out", kill=False):
+def run(tmp_path, script, *flags, world=1, before="", after="", out="out"):
     """Run a script in `world` processes; returns the finished process. Exit codes of torchrun: 0, or 1."""
     argv = [str(flag) for flag in (*flags, "--device", "cpu", "--out", tmp_path / out)]
     code = tmp_path / "run.py"
@@ -307,13 +289,12 @@ def listed(photos):
     return ("--dataset", "imagenet-lt", "--data-root", photos, *FLAGS, "--backbone", "small", "--batch-size", "16")
 
 
-@pytest.mark.parametrize("script, flags", [("lort", ("--epochs2", "1")), ("hinge_ce", ("--variant", "ce-etf", "--width", "16"))])
-def test_two_processes_equal_one_but_for_batchnorm(photos, tmp_path, script, flags):
+def test_two_processes_equal_one_but_for_batchnorm(photos, tmp_path):
     """With GroupNorm in place of BatchNorm, whose statistics are per process: the weights agree to rounding."""
     weights = []
     for world in (1, 2):
-        done = run(tmp_path, script, *listed(photos), "--epochs", "1", "--lr", "0.01", *flags, world=world, before=NO_BATCHNORM,
-                   out=f"world{world}")
+        done = run(tmp_path, "lort", *listed(photos), "--epochs", "1", "--lr", "0.01", "--epochs2", "1", world=world,
+                   before=NO_BATCHNORM, out=f"world{world}")
         assert done.returncode == 0, done.stderr
         weights.append(saved(tmp_path / f"world{world}")["net"])
         assert done.stdout.count("many / medium / few") == 1  # the first rank alone prints
@@ -359,8 +340,8 @@ def test_every_script_trains_on_photographs(call, photos, tmp_path, script):
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path):
-    """20,000 images of 256 pixels are 3.9 GB: reading them all in batches keeps less than 1.5 GB resident."""
-    n, side = 20000, 256
+    """3,000 images of 256 pixels are 0.6 GB: reading them all in batches keeps less than 0.2 GB resident."""
+    n, side = 3000, 256
     with open(tmp_path / "x.pixels", "wb") as file:
         file.truncate(n * side * side * 3)
     code = f"""
@@ -368,9 +349,9 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 import resource, torch, common
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 images = common.ImageFile({str(tmp_path / "x.pixels")!r}, {n}, {side})
-for index in torch.randperm({n})[:6000].split(128):
+for index in torch.randperm({n}).split(128):
     images.read(index)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert int(done.stdout) < 1.5e6, done.stderr  # kB
+    assert int(done.stdout) < 2e5, done.stderr  # kB

@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from conftest import ROOT, SCRIPTS, result, results, same, saved
+from conftest import ROOT, SCRIPTS, log_of, result, results, same, saved
 
 TINY = ("--epochs", "2", "--imb-factor", "100")
 VARIANTS = ("ce", "cb", "wd", "wb", "etf", "fr-etf")
@@ -63,6 +64,7 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
     out, runs = capsys.readouterr().out, tmp_path / "runs"
     run, folder = result(runs), next(runs.glob("*/"))
     assert run["method"] == script and run["subset"]["sha256"] in out and "| many / medium / few |" in out
+    assert not list(folder.glob("*.ckpt")) and not [str(w.message) for w in recwarn]
     kept = saved(runs, "test_logits.pt")
     assert set(kept) == {"logits", "labels", "counts", "classes", "rows", "strengths"}
     assert kept["logits"].shape == (340, 20) and len(kept["classes"]) == 20 and run["headline"] in kept["rows"]
@@ -70,26 +72,24 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
         assert row["acc"] == common.report(kept["rows"][row["row"]], kept["labels"], kept["counts"])
         assert all(0 <= row[kind][group] <= 100 for kind in ("acc", "acc_flip") for group in ("all", "many", "few"))
         assert kept["strengths"][row["row"]] == row["strength"]
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    first = [line["loss"] for line in log if line["stage"] == log[0]["stage"]]
+    log = log_of(runs)
+    first = [line for line in log if line["stage"] == log[0]["stage"]]
     other_loss = "--tau-minus" in mode or "ce-drw" in mode  # of the last epoch, or a loss that is hard to lower
-    assert (first[-1] < first[0] or other_loss) and not list(folder.glob("*.ckpt"))
-    assert not [str(w.message) for w in recwarn]
+    assert (first[-1]["loss"] < first[0]["loss"] or other_loss) and first[-1]["lr"] != first[0]["lr"]
 
-
-@pytest.mark.parametrize("script, mode", RUNS)
-def test_a_trained_network_is_for_use(call, tmp_path, script, mode):
-    """load_network() gives the logits of every row, whatever the script made of the classifier."""
-    assert call(script, *TINY, *mode) == 0
-    weights, = tmp_path.glob("runs/*/weights.pt")
-    kept = saved(tmp_path / "runs", "test_logits.pt")
+    # load_network() gives the outputs of every row, whatever the script made of the classifier
     data = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu"))
-    rows = saved(tmp_path / "runs")["rows"]  # without lort's "stage 1", which is another network
-    assert result(tmp_path / "runs")["headline"] in rows
-    for row, logits in {None: kept["logits"], **{row: kept["rows"][row] for row in rows}}.items():
-        net, file = common.load_network(weights, row)
+    rows = saved(runs)["rows"]  # without lort's "stage 1", which is another network
+    assert run["headline"] in rows
+    flip = {row["row"]: row["acc_flip"]["all"] for row in run["rows"]}
+    for row in (None, *rows):
+        net, file = common.load_network(folder / "weights.pt", row)
         split = data.test._replace(mean=file["mean"], std=file["std"])
-        assert torch.allclose(net.fc(common.features(net, split)), logits, atol=1e-4, rtol=1e-4)
+        plain, flipped = (net.fc(common.features(net, split, flipped)) for flipped in (False, True))
+        assert torch.allclose(plain, kept["rows"][row] if row else kept["logits"], atol=1e-4, rtol=1e-4)
+        if row:
+            of_both = common.report(plain + flipped, kept["labels"], kept["counts"])["all"]
+            assert flip[row] == pytest.approx(of_both, abs=0.4)  # rounding may turn one of 340
 
 
 @pytest.mark.parametrize("script, mode", RUNS)
@@ -119,8 +119,7 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         monkeypatch.setattr(common, "load_data", load)
         assert call(script, *flags, out=tmp_path / change) == 0
         run[change], net[change] = result(tmp_path / change), saved(tmp_path / change)["net"]
-        log = (next((tmp_path / change).glob("*/log.jsonl"))).read_text().splitlines()
-        losses[change] = [json.loads(line)["loss"] for line in log]
+        losses[change] = [line["loss"] for line in log_of(tmp_path / change)]
     assert same(net["nothing"], net["test"]) and losses["nothing"] == losses["test"] == losses["val"]
     assert run["nothing"]["rows"][0]["acc"] != run["test"]["rows"][0]["acc"]
     if mode:
@@ -136,14 +135,22 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         assert val[0] == val[1] != val[2] and 0 < val[0]["all"] < 100 and val[0]["few"] is not None
 
 
-def test_the_network_of_la_is_scored_without_the_adjustment_too(call, tmp_path):
-    assert call("lwr", *TINY, "--base", "la", "--strength", "0") == 0
-    plain, adjusted = result(tmp_path / "runs")["rows"]
-    kept = saved(tmp_path / "runs", "test_logits.pt")
-    assert (plain["row"], adjusted["row"], adjusted["strength"]) == ("ce", "la", 1.0)
-    assert plain["acc"] == common.report(kept["logits"], kept["labels"], kept["counts"]) != adjusted["acc"]
-    shifted = kept["logits"] - kept["counts"].log()
-    assert adjusted["acc"] == common.report(shifted, kept["labels"], kept["counts"])
+@pytest.mark.parametrize("script, flags, names", [
+    ("lwr", ("--base", "la", "--strength", "0"), ["ce", "la"]),
+    ("rbl", (), ["rbl, no adjustment", "rbl"]),
+    ("ewb_fdr", (), ["fr-etf", "fr-etf + additive LA", "fr-etf + multiplicative LA"])])  # its rows have norm 1 as they are
+def test_the_network_is_scored_plain_and_adjusted(call, tmp_path, script, flags, names):
+    assert call(script, *TINY, *flags) == 0
+    rows, kept = result(tmp_path / "runs")["rows"], saved(tmp_path / "runs", "test_logits.pt")
+    assert [row["row"] for row in rows] == names
+    assert rows[0]["acc"] == common.report(kept["logits"], kept["labels"], kept["counts"]) != rows[1]["acc"]
+    prior = kept["counts"] / kept["counts"].sum()
+    for row in rows[1:]:
+        slow = kept["logits"] - row["strength"] * prior.log()
+        if "multiplicative" in row["row"]:
+            slow = kept["logits"] * prior ** -row["strength"]
+        assert row["strength"] > 0
+        assert torch.allclose(kept["rows"][row["row"]].log_softmax(1), slow.log_softmax(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -152,18 +159,25 @@ def test_bf16_is_near_fp32_and_keeps_the_weights_in_fp32(call, tmp_path, script)
         assert call(script, *TINY, "--precision", precision, out=tmp_path / precision) == 0
     a, b = (result(tmp_path / precision) for precision in ("fp32", "bf16"))
     assert (a["precision"], b["precision"]) == ("fp32", "bf16")
-    assert abs(a["rows"][-1]["acc"]["all"] - b["rows"][-1]["acc"]["all"]) < 15
+    losses = [log_of(tmp_path / precision)[0]["loss"] for precision in ("fp32", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
     net = saved(tmp_path / "bf16")["net"]
     assert all(v.dtype in (torch.float32, torch.int64) for v in net.values())
     assert not same(saved(tmp_path / "fp32")["net"], net)
 
 
-def test_strength_zero_and_theta_one_are_the_base(call, tmp_path):
-    modes = {"base": ("--strength", 0), "gated": ("--theta", 1), "lwr": ("--theta", 0.0, "--strength", 5)}
-    for name, flags in modes.items():
-        assert call("lwr", *TINY, *flags, out=tmp_path / name) == 0
-    base, gated, lwr = (saved(tmp_path / name)["net"] for name in modes)
-    assert same(base, gated) and not same(base, lwr)
+@pytest.mark.parametrize("script, base, limit, full", [
+    ("lwr", ("--strength", 0), ("--theta", 1), ("--theta", 0.0, "--strength", 5)),
+    ("hinge_ce", ("--variant", "ce-etf"), ("--tau-plus", 0.01), ("--tau-plus", 1.5)),  # empty cones are none
+    ("ewb_fdr", ("--variant", "etf"), ("--zeta", 0), ())])
+def test_a_method_in_its_limit_is_its_base(call, tmp_path, script, base, limit, full):
+    for name, flags in (("base", base), ("limit", limit), ("full", full)):
+        assert call(script, *TINY, *flags, out=tmp_path / name) == 0
+    nets = [saved(tmp_path / name)["net"] for name in ("base", "limit", "full")]
+    assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
+    if script == "hinge_ce":
+        inside = [result(tmp_path / name)["metrics"]["inside_the_cones"] for name in ("limit", "full")]
+        assert inside[0] == 0 < inside[1]
 
 
 def test_the_ramp_of_lwr_begins_at_zero(call, tmp_path):
@@ -172,9 +186,6 @@ def test_the_ramp_of_lwr_begins_at_zero(call, tmp_path):
         assert call("lwr", "--epochs", "1", *flags, out=tmp_path / name) == 0
         nets[name] = saved(tmp_path / name)["net"]
     assert same(nets["base"], nets["ramp"]) and not same(nets["base"], nets["const"])
-    assert call("lwr", "--epochs", "2", "--theta", "-1", out=tmp_path / "ramp 2") == 0
-    assert call("lwr", "--epochs", "2", "--strength", "0", out=tmp_path / "base 2") == 0
-    assert not same(saved(tmp_path / "base 2")["net"], saved(tmp_path / "ramp 2")["net"])
 
 
 def test_eval_every_reports_the_best_and_changes_nothing(call, tmp_path):
@@ -199,8 +210,8 @@ def test_the_best_on_test_stands_beside_the_row_that_was_tested(call, tmp_path):
 def test_rbl_keeps_its_curves(call, tmp_path):
     assert call("rbl", *TINY, "--eval-every", "1") == 0
     kept = saved(tmp_path / "runs", "test_logits.pt")
-    log = next(tmp_path.glob("runs/*/log.jsonl")).read_text().splitlines()
-    accuracy, loss = json.loads(log[-1])["test_acc_ce"]
+    log = log_of(tmp_path / "runs")
+    accuracy, loss = log[-1]["test_acc_ce"]
     assert accuracy == pytest.approx(result(tmp_path / "runs")["rows"][1]["acc"]["all"])  # the test set is balanced
     assert loss == pytest.approx(F.cross_entropy(kept["rows"]["rbl"], kept["labels"]).item())
     assert all("train_acc_ce" in line for line in log)
@@ -220,17 +231,15 @@ def test_stage_one_of_other_data_is_refused(call, refused, tmp_path, monkeypatch
     refused("lort", "--imb-factor", "10", "--stage1", stage1, out=tmp_path / "other", words=["other images"])
 
 
-def test_stage_one_may_not_be_exchanged_in_between(call, refused, tmp_path, monkeypatch, capsys):
-    for seed in ("0", "1"):
-        assert call("lort", *TINY, "--epochs2", "1", "--seed", seed) == 0
-    own, other = (next(tmp_path.glob(f"runs/*seed{seed}/stage1.pt")) for seed in (0, 1))
-    stage1 = tmp_path / "stage1.pt"
-    shutil.copy(own, stage1)
+def test_stage_one_may_not_be_exchanged_in_between(call, refused, tmp_path, monkeypatch, capsys, wd):
+    stage1 = shutil.copy(wd, tmp_path / "stage1.pt")
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "finish", interrupt)
         assert call("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "new") == 130
     capsys.readouterr()
-    shutil.copy(other, stage1)
+    other = common.load(wd)
+    other["linear"]["fc.bias"] += 1
+    torch.save(other, stage1)
     refused("lort", "--imb-factor", "100", "--stage1", stage1, out=tmp_path / "new", words=["stage1-sha256"])
 
 
@@ -244,31 +253,38 @@ def test_a_run_may_be_stopped_and_go_on_in_a_notebook(call, monkeypatch, tmp_pat
     assert "resumed after epoch 2" in sys.stdout.getvalue()
 
 
-def test_finished_runs_may_be_moved_with_their_stage_one(call, tmp_path):
-    flags = (*TINY, "--epochs2", "1")
-    assert call("lort", *flags, out=tmp_path / "here") == 0
+def test_the_stage_one_of_a_finished_run_may_be_moved(call, tmp_path, wd):
     flags = ("--imb-factor", "100", "--epochs2", "1", "--stage1")
-    (tmp_path / "here").rename(tmp_path / "there")
-    stage1, = tmp_path.glob("there/*/stage1.pt")
-    assert call("lort", *flags, stage1, out=tmp_path / "new") == 0
-    done = next(tmp_path.glob("new/*/result.json")).stat().st_mtime_ns
-    moved = stage1.rename(tmp_path / "moved.pt")
-    assert call("lort", *flags, moved, out=tmp_path / "new") == 0
-    assert next(tmp_path.glob("new/*/result.json")).stat().st_mtime_ns == done
+    stage1 = shutil.copy(wd, tmp_path / "stage1.pt")
+    assert call("lort", *flags, stage1) == 0
+    path, = tmp_path.glob("runs/*/result.json")
+    when = path.stat().st_mtime_ns
+    assert call("lort", *flags, stage1.rename(tmp_path / "moved.pt")) == 0
+    assert path.stat().st_mtime_ns == when
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_stage_one_is_handed_over_with_its_normalisation(call, tmp_path, seed):
+def test_stage_one_is_handed_over_with_its_normalisation(call, tmp_path, wd):
     """wd holds images out, lort does not: their training images, and so their means, differ."""
-    assert call("ewb_fdr", *TINY, "--variant", "wd", "--seed", seed) == 0
-    stage1, = tmp_path.glob("runs/*/weights.pt")
-    assert call("lort", "--imb-factor", "100", "--stage1", stage1, "--seed", seed, out=tmp_path / "lort") == 0
-    wd, lort = result(tmp_path / "runs"), result(tmp_path / "lort")
-    assert lort["rows"][0]["acc"] == wd["rows"][0]["acc"] and lort["rows"][0]["acc_flip"] == wd["rows"][0]["acc_flip"]
-    assert torch.equal(saved(tmp_path / "lort")["mean"], saved(tmp_path / "runs")["mean"])
-    assert lort["metrics"]["stage 1 was trained with"]["val_per_class"] == 10
+    assert call("lort", "--imb-factor", "100", "--stage1", wd) == 0
+    before, after = result(wd.parents[1]), result(tmp_path / "runs")
+    assert after["rows"][0]["acc"] == before["rows"][0]["acc"] and after["rows"][0]["acc_flip"] == before["rows"][0]["acc_flip"]
+    assert torch.equal(saved(tmp_path / "runs")["mean"], common.load(wd)["mean"])
+    assert after["metrics"]["stage 1 was trained with"]["val_per_class"] == 10
     plain = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu"))
-    assert not torch.equal(saved(tmp_path / "lort")["mean"], plain.test.mean)
+    assert not torch.equal(saved(tmp_path / "runs")["mean"], plain.test.mean)
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+def test_stage_two_of_lort_retrains_the_classifier_alone(call, tmp_path, bn):
+    assert call("lort", *TINY, "--epochs2", "2", "--bn", bn) == 0
+    before, after = saved(tmp_path / "runs", "stage1.pt")["net"], saved(tmp_path / "runs")["net"]
+    statistics = {name for name in before if "running" in name or "tracked" in name}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"fc.weight", "fc.bias"} | (statistics if bn == "train" else set())
+    targets = torch.tensor([0.02 + 0.98 / 20] + 19 * [0.98 / 20])
+    entropy = -(targets * targets.log()).sum().item()  # the loss with these targets is never smaller
+    losses = {stage: [line["loss"] for line in log_of(tmp_path / "runs") if line["stage"] == stage] for stage in ("stage1", "stage2")}
+    assert min(losses["stage1"]) < entropy < min(losses["stage2"])
 
 
 def test_lort_does_not_retrain_a_retrained_classifier(call, refused, tmp_path):
@@ -327,60 +343,38 @@ def test_table_1_chooses_on_validation_images(call, tmp_path):
     assert {row for row, tau in strengths.items() if tau is not None} == {"tau-norm", "la"}
 
 
-def test_table_1_goes_on_after_a_kill(call, tmp_path, monkeypatch):
-    """Stopped in the second of four methods, of which the first was done and the second saved once."""
-    monkeypatch.setattr(importlib.import_module("lort"), "TRAINED", ("cosine", "re-sampling", "max-norm", "lort"))
-    assert call("lort", "--retrain", "all", out=tmp_path / "whole") == 0
-    monkeypatch.setattr(common, "SAVE_EVERY", 0.0)
-    real = common.Run.log
-
-    def log(run, losses):
-        real(run, losses)
-        if run.stage == "re-sampling" and run.epoch == 2:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", log)
-        assert call("lort", "--retrain", "all") == 130
-    assert {path.name for path in tmp_path.glob("runs/*/*.ckpt")} == {"cosine.ckpt", "re-sampling.ckpt"}
-    assert call("lort", "--retrain", "all") == 0
-    a, b = result(tmp_path / "runs"), result(tmp_path / "whole")
-    assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"]
-    assert same(saved(tmp_path / "runs")["net"], saved(tmp_path / "whole")["net"])
-    log = [next((tmp_path / out).glob("*/log.jsonl")).read_text().splitlines() for out in ("runs", "whole")]
-    assert len(log[0]) == len(log[1]) == 20
-
-
 def test_table_1_needs_a_network_that_has_not_seen_the_validation_images(call, refused, tmp_path, wd):
-    refused("lort", "--retrain", "sgd", "--stage1", wd, words=["--retrain", "sgd"])
     refused("lort", "--retrain", "all", "--stage1", wd, "--val-per-class", "20", words=["--val-per-class"])
     assert call("lwr", *TINY) == 0
     stage1, = tmp_path.glob("runs/*/weights.pt")
     refused("lort", "--retrain", "all", "--stage1", stage1, words=["--val-per-class"], out=tmp_path / "new")
 
 
-def test_wb_goes_on_from_wd(call, refused, tmp_path):
-    assert call("ewb_fdr", *TINY, "--variant", "wd") == 0 and call("ewb_fdr", *TINY, "--variant", "wb") == 0
-    stage1 = next((tmp_path / "runs").glob("ewb_fdr-wd-*/weights.pt"))
-    assert call("ewb_fdr", *TINY, "--variant", "wb", "--stage1", stage1, out=tmp_path / "shared") == 0
+def test_wb_goes_on_from_wd(call, refused, tmp_path, wd):
+    assert call("ewb_fdr", *TINY, "--variant", "wb") == 0
+    assert call("ewb_fdr", *TINY, "--variant", "wb", "--stage1", wd, out=tmp_path / "shared") == 0
     # stage 2 shuffles on from stage 1's random numbers when one process does both, and afresh otherwise
-    trained = common.load(next((tmp_path / "runs").glob("ewb_fdr-wb-*/weights.pt")))["net"]
-    shared = saved(tmp_path / "shared")["net"]
-    assert all(torch.equal(trained[name], shared[name]) for name in trained if "conv" in name)
+    stage1, trained, shared = common.load(wd)["net"], saved(tmp_path / "runs")["net"], saved(tmp_path / "shared")["net"]
+    fixed = [name for name in stage1 if not re.search("fc|running|tracked", name)]
+    assert all(torch.equal(stage1[name], net[name]) for name in fixed for net in (trained, shared))
+    delta = common.max_norm_threshold(stage1["fc.weight"])
+    assert max(net["fc.weight"].norm(dim=1).max() for net in (trained, shared)) <= delta + 1e-6
     assert result(tmp_path / "shared")["metrics"]["stage 1 was trained with"]["precision"] == "fp32"
-    refused("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", stage1, out=tmp_path / "x", words=["--epochs 2"])
+    refused("ewb_fdr", "--epochs", "3", "--variant", "wb", "--stage1", wd, out=tmp_path / "x", words=["--epochs 2"])
+    refused("ewb_fdr", *TINY, "--variant", "wb", out=tmp_path / "shared", words=["--stage1-sha256"])
 
 
 # ---- finished, interrupted, foreign
 
 def test_a_finished_run_is_not_run_again_and_other_flags_are_refused(call, refused, tmp_path, capsys):
     assert call("hinge_ce", *TINY) == 0
-    first = next(tmp_path.glob("runs/*/result.json")).read_text()
-    began = time.time()
-    assert call("hinge_ce", *TINY) == 0 and time.time() - began < 1
+    path, = tmp_path.glob("runs/*/result.json")
+    first, when = path.read_text(), path.stat().st_mtime_ns
+    assert call("hinge_ce", *TINY) == 0 and path.stat().st_mtime_ns == when
     assert "is finished" in capsys.readouterr().out
     refused("hinge_ce", "--epochs", "3", words=["--epochs 2", "3", "delete the folder"])
     refused("hinge_ce", *TINY, "--tau-plus", "0.5", words=["--tau-plus"])
-    assert next(tmp_path.glob("runs/*/result.json")).read_text() == first
+    assert path.read_text() == first
 
 
 @pytest.fixture
@@ -401,31 +395,24 @@ def interrupted(call, tmp_path, monkeypatch, capsys):
     return checkpoint
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(call, interrupted, tmp_path, capsys):
-    assert common.load(interrupted)["epoch"] == 1
-    assert call("hinge_ce", "--epochs", "3") == 0
-    assert "resumed after epoch 1 of 3" in capsys.readouterr().out
-    assert call("hinge_ce", "--epochs", "3", out=tmp_path / "whole") == 0
-    a, b = result(tmp_path / "runs"), result(tmp_path / "whole")
-    assert a["rows"] == b["rows"] and same(saved(tmp_path / "runs")["net"], saved(tmp_path / "whole")["net"])
-
-
-DAMAGES = ("half", "flipped bit", "text", "empty", "foreign", "other flags", "other version")
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_foreign_checkpoint_is_refused(refused, interrupted, damage):
-    data, state = bytearray(interrupted.read_bytes()), common.load(interrupted)
-    if damage == "flipped bit":
-        data[len(data) // 2] ^= 1
-    changed = {"foreign": {"fc.weight": torch.zeros(3)},
-               "other flags": state | {"flags": state["flags"] | {"lr": 0.3}},
-               "other version": state | {"net": {"old.name": torch.zeros(3)}}}
-    if damage in changed:
-        torch.save(changed[damage], interrupted)
-    else:
-        interrupted.write_bytes({"half": data[:len(data) // 2], "text": b"hello", "empty": b""}.get(damage, data))
-    refused("hinge_ce", "--epochs", "3", words=["ckpt", "delete"])
+def test_a_damaged_or_foreign_checkpoint_is_refused(refused, interrupted, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+    whole, state = interrupted.read_bytes(), common.load(interrupted)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[:len(whole) // 2], flipped, b"hello", b"",
+                    {"fc.weight": torch.zeros(3)},
+                    state | {"flags": state["flags"] | {"lr": 0.3}},
+                    state | {"net": {"name.of.another.version": torch.zeros(3)}},
+                    {"net": Bomb()}):
+        if isinstance(content, dict):
+            torch.save(content, interrupted)
+        else:
+            interrupted.write_bytes(content)
+        refused("hinge_ce", "--epochs", "3", words=["ckpt", "delete"])
+    assert not (tmp_path / "boom").exists()
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -436,35 +423,35 @@ def test_changed_data_are_not_mixed_into_a_run(refused, interrupted, monkeypatch
     refused("hinge_ce", "--epochs", "3", words=["other images"])
 
 
-def test_a_malicious_checkpoint_is_not_executed(refused, interrupted, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "boom"),)
-    torch.save({"net": Bomb()}, interrupted)
-    refused("hinge_ce", "--epochs", "3")
-    assert not (tmp_path / "boom").exists()
+STOPS = [("rbl", (), "train", 1), ("hinge_ce", (), "train", 1),
+         ("lwr", ("--base", "ce-drw"), "train", 1),  # the epoch in which its weights begin
+         ("lort", ("--epochs2", "4"), "stage2", 2), ("ewb_fdr", ("--variant", "wb", "--epochs2", "4"), "stage2", 2),
+         ("lort", ("--retrain", "all"), "re-sampling", 2)]
 
 
-@pytest.mark.parametrize("script", ["lort", "ewb_fdr"])
-def test_a_kill_in_stage_two_leaves_stage_one_as_it_was(call, tmp_path, monkeypatch, script):
-    """After stage 2 was saved once: stage 1's checkpoint must not have moved on with the live weights."""
-    flags = (*TINY, "--epochs2", "4", *(("--variant", "wb") if script == "ewb_fdr" else ()))
-    assert call(script, *flags, out=tmp_path / "whole") == 0
+@pytest.mark.parametrize("script, flags, stage, epoch", STOPS)
+def test_a_stopped_run_goes_on_to_the_same_result(call, tmp_path, monkeypatch, capsys, script, flags, stage, epoch):
+    """In stage 2 from the checkpoints of both stages: that of the first must not have moved on with the weights."""
+    monkeypatch.setattr(importlib.import_module("lort"), "TRAINED", ("cosine", "re-sampling", "max-norm", "lort"))
+    assert call(script, *TINY, *flags, out=tmp_path / "whole") == 0
     monkeypatch.setattr(common, "SAVE_EVERY", 0.0)
     real = common.Run.log
 
-    def log(run, losses):
-        real(run, losses)
-        if run.stage == "stage2" and run.epoch == 2:
+    def log(run, losses, **extra):
+        real(run, losses, **extra)
+        if (run.stage, run.epoch) == (stage, epoch):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log", log)
-        assert call(script, *flags) == 130
-    assert {path.name for path in tmp_path.glob("runs/*/*.ckpt")} == {"stage1.ckpt", "stage2.ckpt"}
-    assert call(script, *flags) == 0
+        assert call(script, *TINY, *flags) == 130
+    capsys.readouterr()
+    assert call(script, *TINY, *flags) == 0
+    assert f"{stage}: resumed after epoch {epoch} of" in capsys.readouterr().out
     a, b = result(tmp_path / "runs"), result(tmp_path / "whole")
     assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"]
     assert same(saved(tmp_path / "runs")["net"], saved(tmp_path / "whole")["net"])
+    losses = [[line["loss"] for line in log_of(tmp_path / out)] for out in ("runs", "whole")]
+    assert losses[0] == losses[1]
 
 
 KILLER = """
@@ -486,8 +473,10 @@ kills, longest, resumed = 0, {longest}, 0
 while kills < {kills}:
     pid = child()
     time.sleep(random.uniform(0.02, longest))
-    if os.waitpid(pid, os.WNOHANG)[0]:
-        shutil.rmtree({out!r})  # it was done before the kill: start over
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:  # before the kill: start over
+        assert status == 0
+        shutil.rmtree({out!r})
         continue
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -511,7 +500,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_result(tmp_path, script,
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         killed, resumed, longest = map(float, done.stdout.split())  # kills come within the time of a whole run
-    assert killed == kills and resumed >= kills // 4  # most kills left something to resume
+    assert killed == kills and resumed >= 1  # a kill left something to resume
     a, b = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"]
     assert same(saved(tmp_path / "whole")["net"], saved(tmp_path / "killed")["net"])
@@ -573,7 +562,7 @@ MEMORY = [torch.OutOfMemoryError("CUDA out of memory."), accelerator_error("CUDA
 
 @pytest.mark.parametrize("error", MEMORY)
 def test_out_of_memory_names_the_flag(call, monkeypatch, capsys, error):
-    monkeypatch.setattr(common, "features", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(common, "batches", lambda *_: (_ for _ in ()).throw(error))
     assert call("hinge_ce", *TINY) == 2
     assert "--batch-size" in capsys.readouterr().err
 
@@ -681,8 +670,8 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
     class Begins(Exception):
         pass
 
-    def begin(*_, **__):
-        raise Begins
+    def begin(run, *_):
+        raise Begins(run.args.published)
 
     def data(args, device):
         labels = torch.arange(100)
@@ -699,6 +688,11 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         with pytest.raises(Begins):
             importlib.import_module(Path(script).stem).main([*flags, "--out", str(tmp_path / str(number))])
     assert number + 1 == RUN_ALL
+    for epochs, published in ((200, True), (40, False)):  # is stage 1 the paper's?
+        stage1["epochs"] = epochs
+        with pytest.raises(Begins) as begun:
+            importlib.import_module("lort").main(["--stage1", __file__, "--out", str(tmp_path / "lort")])
+        assert begun.value.args == (published,)
 
 
 def test_a_stopped_run_all_leaves_no_run_behind(fake, tmp_path):
