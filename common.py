@@ -404,9 +404,9 @@ def log_one_minus_softmax(logits):
     largest one, whose 1 - p_j is the sum of the others."""
     total = logits.logsumexp(1, keepdim=True)                                   # (B, 1)
     rest = torch.log1p(-(logits - total).clamp(max=-0.5).exp())                 # right where p_j <= 1/2
-    largest = logits.argmax(1, keepdim=True)
-    others = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
-    return rest.scatter(1, largest, others - total)
+    largest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()               # (B, K)
+    others = logits.masked_fill(largest, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.where(largest, others - total, rest)
 
 
 def class_balanced_bce(logits, labels, weights):
@@ -510,7 +510,8 @@ def guard(main):
     except (RuntimeError, MemoryError) as error:  # torch has several kinds
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
-        fail("out of memory: delete the run's folder and try a smaller --batch-size (or --width, --dim)")
+        fail("out of memory: try --no-graph, or delete the run's folder and try a smaller --batch-size (or "
+             "--width, --dim)")
 
 
 def number(kind, low, high):
@@ -567,8 +568,8 @@ def base_parser(doc):
     add("--weight-decay", type=NOT_NEGATIVE, help="of SGD")
     add("--backbone", choices=list(BACKBONES), help="network below the classifier")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
-        help="auto: on a GPU tf32 for resnet32, resnet32_bn and small, else bf16; on a CPU fp32. Weights are "
-             "always fp32")
+        help="auto: on a GPU from Ampere on tf32 for resnet32, resnet32_bn and small, bf16 for the others; "
+             "elsewhere fp32. Weights are always fp32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="repeat bit for bit on a GPU too, more slowly")
     add("--no-graph", action="store_true", help="do not replay the steps as CUDA graphs")
@@ -628,9 +629,12 @@ def average(tensors):
 
 def same_statistics(net):
     """Give all ranks the running statistics of the first: BatchNorm itself is per rank."""
-    if WORLD > 1:
-        for buffer in net.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    if WORLD == 1:
+        return
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
 
 def leave_ranks():
@@ -870,10 +874,11 @@ class Run:
         """Precision and determinism; 'auto' as the help of --precision says."""
         gpu = self.device.type == "cuda"
         self.precision = self.args.precision
-        if self.precision == "auto" and gpu:
-            self.precision = "tf32" if self.args.backbone in ("resnet32", "resnet32_bn", "small") else "bf16"
-        elif self.precision == "auto":
+        if self.precision == "auto":
             self.precision = "fp32"
+            if gpu and torch.cuda.get_device_capability(self.device)[0] >= 8:  # Ampere or later
+                small = self.args.backbone in ("resnet32", "resnet32_bn", "small")
+                self.precision = "tf32" if small else "bf16"
         if self.precision == "tf32" and not gpu:
             fail("--precision tf32 needs a GPU; a CPU has fp32 and bf16")
         threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ import torchvision.transforms.functional as tf
 from PIL import Image
 
 import common
+import rbl
 from conftest import ROOT, result, results, same, saved
 from tiny_lists import COUNTS, make, picture
 
@@ -323,6 +324,16 @@ common.Run.log = log
     a, b = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert a["rows"] == b["rows"] and same(saved(tmp_path / "whole")["net"], saved(tmp_path / "killed")["net"])
     assert a["device"].startswith("2 x ")
+
+
+def test_the_ranks_share_the_running_statistics_alone(monkeypatch):
+    """RBL's fixed matrix is not contiguous, which NCCL refuses, and equal on all ranks as it is."""
+    net, shared = common.BACKBONES["small"](20), []
+    net.fc = rbl.RotatedHead(64, 32, 20, torch.Generator())
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, source: shared.append(buffer))
+    common.same_statistics(net)
+    assert len(shared) == 3 * 7 and all(buffer.is_contiguous() for buffer in shared)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch):
