@@ -552,8 +552,8 @@ def base_parser(doc):
     add = parser.add_argument_group("common flags").add_argument
     add("--dataset", type=dataset, default="cifar100",
         help=f"{', '.join(DATASETS)}, or a folder of your own images")
-    add("--data-root", help="folder of the data, by default ./data; of your own lists the folder that their "
-                            "paths begin in, by default that of the lists")
+    add("--data-root", help="folder of the data, ./data if not given; of your own lists the folder in which "
+                            "their paths begin, that of the lists if not given")
     add("--imb-factor", type=imbalance, default=100.0,
         help="images of the largest class over those of the smallest; natural: all images")
     add("--subset-seed", type=ZERO_OR_MORE, default=0, help="which images are kept; 0: the standard subset")
