@@ -601,6 +601,8 @@ def parse(parser, argv, recipe, changes):
     if built_in and args.image_size:
         fail(f"--image-size is for photographs, not for {args.dataset}")
     size = args.image_size or (224 if args.dataset in LISTS else 0)
+    if not size:
+        refuse_without_effect(parser, args, "small images", "cache_size")
     if size > args.cache_size:
         fail(f"--cache-size {args.cache_size} would blur images of --image-size {size}: raise it")
     args.published = all(getattr(args, flag) == value for flag, value in recipe.items())

@@ -25,11 +25,11 @@ Departures and choices where the paper is silent (no official code is known)
   CIFAR-10/100-LT (Table 4).
 - On CIFAR the paper follows Menon et al. "exactly". From their code come Nesterov's momentum of 0.9, crop of
   2 pixels and flip, a BatchNorm without ReLU before the pooling (resnet32_bn), initial weights of standard
-  deviation 0.01 in the dense layers, and the decay: their L2 term of 1e-4 |w|^2 is a weight decay of 2e-4, of
-  weights, not of BatchNorm. Unlike that code: basic blocks (the paper says ResNet-32) whose shortcuts have
-  no weights; 32 x 32 pixels (there 36 x 36, by a wider margin of zeros); images normalised by mean and std,
-  in a black margin (there x/255 - 0.5); dense biases that start as PyTorch's (there, by Keras's default, at
-  0) and do not decay; a short last batch is kept. Last epoch.
+  deviation 0.01 in the dense layers, and the decay: the L2 term of their code, 1e-4 |w|^2 (App. B: 0.0001),
+  is a weight decay of 2e-4, of weights, not of BatchNorm. Unlike that code: basic blocks (the paper says
+  ResNet-32) whose shortcuts have no weights; 32 x 32 pixels (there 36 x 36, by a wider margin of zeros);
+  images normalised by mean and std, in a black margin (there x/255 - 0.5); dense biases that start as
+  PyTorch's (there, by Keras's default, at 0) and do not decay; a short last batch is kept. Last epoch.
 - ImageNet-LT: weight decay 1e-4 and Nesterov as printed. The rest is "as He et al. 2016"; here momentum, the
   head's initialisation and what decays are as on CIFAR, and ColorJitter is added as usual.
 - No warm-up on CIFAR, as the paper says; on ImageNet-LT one epoch (there 100 steps).

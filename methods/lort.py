@@ -124,7 +124,7 @@ READING = "best of 5, flip, best epoch"
 PAPER = {"lort": (READING, "LORT, Table 2", {"cifar100": {100: 54.9, 50: 58.8, 10: 69.7}})}
 TABLE_1 = {"stage 1": 48.44, "tau-norm": 53.01, "la": 52.45, "cosine": 51.66, "lws": 48.99, "ldam": 52.94,
            "bs": 52.23, "re-sampling": 48.44, "focal": 50.94, "cb": 54.30, "max-norm": 51.64}
-SOURCE = READING, "LORT, Table 1, on the features of WB"
+SOURCE = READING, "LORT, Table 1, on the features of WB"  # its re-sampling repeats the row of stage 1
 PAPER |= {row: (*SOURCE, {"cifar100": {100: percent}}) for row, percent in TABLE_1.items()}
 STAGE_1 = ("epochs", "lr", "weight_decay")
 TRAINED = ("cosine", "lws", "ldam", "bs", "re-sampling", "focal", "cb", "max-norm", "lort")
@@ -154,9 +154,11 @@ def parse_args(argv):
         common.refuse_without_effect(parser, args, "--retrain", "bn")
     if args.stage1:
         common.refuse_without_effect(parser, args, "--stage1", "init")
-        for name in (*STAGE_1, "init"):  # what it was trained with is in its file; what is given must agree
-            if vars(args)[name] == parser.get_default(name):
-                setattr(args, name, None)
+        args.init = None
+        parser.set_defaults(**dict.fromkeys(STAGE_1))  # these are in its file; what is given must agree
+        given = vars(parser.parse_args(argv))
+        for name in STAGE_1:
+            setattr(args, name, given[name])
     if args.retrain and not args.val_per_class:  # as ewb_fdr.py
         args.val_per_class = {"synthetic": 10, "cifar10": 20, "cifar100": 20}.get(args.dataset, 0)
     return args
@@ -242,7 +244,8 @@ def main(argv=None):
             common.fail(f"--stage1 was trained on images that {held_out} holds out: train it with {held_out}")
         for name in ("batch_size", *STAGE_1):
             args.published &= stage1_flags[name] == RECIPE[name]
-        args.published &= stage1_flags.get("variant") in (None, "wd")           # a lort run, or WB's features
+        of_lort, of_wb = "delta" in stage1_flags, stage1_flags.get("variant") == "wd"
+        args.published &= of_lort or of_wb
     net.to(run.device, memory_format=torch.channels_last)
     run.begin(data, net)
 

@@ -4,7 +4,7 @@ Ha, Park, Choi, BMVC 2023.
 A RECONSTRUCTION: only the poster is at hand, and its formula of the regulariser R_LWR is lost. What the
 poster fixes: weight vectors repel each other; theta from -1 to 1, where 1 gives exactly the base loss (so we
 take it for a threshold on the cosine); a variant 'with projection' that is not the same as the one without;
-a weight lambda(t) that changes over time. Our R gains nothing over its base; the poster's gains 3.0 to 4.4
+a weight lambda(t) that changes over time. Our R gains nothing over its base; the poster's gains 2.1 to 4.4
 points.
 
 Idea: balanced losses pull the weight vectors of similar classes together; push apart those that are already

@@ -1,5 +1,6 @@
 """Bad input: one line that says what is wrong, exit code 2, no traceback, before any training."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -286,7 +287,9 @@ def test_a_damaged_exif_block_is_no_reason_to_refuse_an_image(tmp_path):
     assert common.open_image(tmp_path / "a.jpg").getpixel((0, 0)) == (254, 0, 0)
     turned = Image.Exif()
     turned[0x0112] = 6
-    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "b.jpg", exif=turned)
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / "b.jpg", exif=turned)
+    sizes = [common.open_image(tmp_path / "b.jpg", own).size for own in (True, False)]
+    assert sizes == [(48, 64), (64, 48)]  # no loader of the large sets turns images
     whole = (tmp_path / "b.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="truncated"):
@@ -310,15 +313,18 @@ def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path, capsys):
     assert weights["classes"] == ["b", "a", "c"] and weights["mean"].shape == (3,)
     assert run["imb_factor"] == "natural" and run["rows"][0]["acc"]["many"] is None and run["rows"][0]["acc"]["few"] is not None
     capsys.readouterr()
-    picture = own / "test" / "b" / "0.png"
-    common.print_predictions(folder, "hinge", [str(picture)])
     common.print_classes(folder)
-    predicted, *table = capsys.readouterr().out.splitlines()
-    assert predicted.startswith(f"{picture}: ") and "| b | 6 |" in "\n".join(table)
+    assert "| b | 6 |" in capsys.readouterr().out
     net, saved = common.load_network(folder / "weights.pt")
     kept = common.load(folder / "test_logits.pt")
     at = [str(path) for path in sorted((own / "test" / "b").glob("*.png"))]
-    assert torch.allclose(common.classify(net, saved, at), kept["logits"].softmax(1)[kept["labels"] == 0], atol=1e-5)
+    probabilities = kept["logits"].softmax(1)[kept["labels"] == 0]
+    assert torch.allclose(common.classify(net, saved, at), probabilities, atol=1e-5)
+    monkeypatch.setattr(sys, "argv", ["common.py", "predict", str(folder), "hinge", *at])
+    common.main()
+    for path, line, p in zip(at, capsys.readouterr().out.splitlines(), probabilities, strict=True):
+        found, name = re.fullmatch(r"(\S+): (\w) ([\d.]+) %(?:, \w [\d.]+ %){2}", line), "bac"[p.argmax()]
+        assert found.group(1, 2) == (path, name) and float(found.group(3)) == pytest.approx(100 * p.max().item(), abs=0.1)
 
 
 def test_table_1_of_own_images(call, refused, own, monkeypatch, tmp_path):

@@ -81,7 +81,15 @@ def test_a_wrong_subset_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         common.load_data(arguments(), CPU)
     assert "not the standard" in capsys.readouterr().err
-    common.load_data(arguments(subset_seed=1), CPU)
+    subsets = [common.load_data(arguments(subset_seed=seed), CPU).subset["sha256"] for seed in (1, 2)]
+    assert subsets[0] != subsets[1]
+
+
+def test_cifar_has_its_usual_mean_and_deviation(monkeypatch):
+    monkeypatch.setattr(common, "cifar", lambda *_: whole_synthetic())
+    train = common.load_data(arguments(dataset="cifar10", imb_factor="natural"), CPU).train
+    assert torch.allclose(train.mean, torch.tensor([125.307, 122.961, 113.8575]))  # 255 times 0.4914, 0.4822, 0.4465
+    assert torch.allclose(train.std, torch.tensor([51.5865, 50.847, 51.255]))      # 255 times 0.2023, 0.1994, 0.2010
 
 
 def test_synthetic_set_and_its_validation_images():
@@ -151,6 +159,13 @@ def test_batches_in_several_parts_are_whole_and_normalised(monkeypatch):
     x = torch.cat([x for x, _ in seen])
     assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32
     assert x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_training_images_are_cropped_and_flipped():
+    data, draws = common.load_data(arguments(), CPU), torch.Generator().manual_seed(0)
+    x = torch.cat([x for x, _ in common.batches(data.train, 64, torch.Generator().manual_seed(0))])
+    images = common.crop_flip(data.train.images[torch.randperm(1143, generator=draws)], draws)
+    assert torch.allclose(x, ((images - data.train.mean) / data.train.std).permute(0, 3, 1, 2))
 
 
 # ---- the captured step, with the GPU's graph played by a fake
@@ -257,7 +272,8 @@ def test_on_a_cpu_the_step_is_not_wrapped():
 def test_parameter_counts_and_shapes():
     names = ("resnet32", "resnet32_bn", "resnet34")
     sizes = {name: sum(p.numel() for p in common.BACKBONES[name](100).parameters()) for name in names}
-    assert sizes["resnet32"] == 470_004 == sizes["resnet32_bn"] - 128 and 21_300_000 < sizes["resnet34"] < 21_360_000
+    assert sizes["resnet32"] == 470_004 == sizes["resnet32_bn"] - 128 and sizes["resnet34"] == 21_328_292
+    assert common.BACKBONES["resnet34"](7).body(torch.randn(2, 3, 32, 32)).shape == (2, 512, 4, 4)
     assert sum(p.numel() for p in common.BACKBONES["resnet32"](10).parameters()) == 464_154
     for name, dim in (("resnet32", 64), ("resnet32_bn", 64), ("resnet34", 512), ("small", 64)):
         net = common.BACKBONES[name](7)

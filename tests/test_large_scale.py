@@ -43,7 +43,8 @@ def test_lists_are_read_as_they_are(photos, capsys):
     assert data.train.images.shape == (88, 48, 48, 3) and data.val.images.shape == (20, 32, 32, 3)
     assert data.test.images.shape == (30, 32, 32, 3) and torch.bincount(data.test.labels).tolist() == [6] * 5
     assert (data.train.crop, data.train.jitter) == (32, 0.4)
-    assert torch.allclose(data.train.mean / 255, torch.tensor(common.IMAGENET_MEAN))
+    assert torch.allclose(data.train.mean / 255, torch.tensor([0.485, 0.456, 0.406]))
+    assert torch.allclose(data.train.std / 255, torch.tensor([0.229, 0.224, 0.225]))
     assert capsys.readouterr().out.count("is not the standard list") == 3 and not args.published
 
 
@@ -221,6 +222,28 @@ def test_colour_jitter_is_torchvisions():
     assert np.mean(differences) < 0.01 and np.max(differences) <= 3
 
 
+def test_training_photographs_are_flipped_and_jittered_and_scored_by_their_central_crop(photos, monkeypatch):
+    train, boxes, flips, jitters = common.load_data(arguments(photos, *FLAGS), CPU).train, [], [], []
+
+    def resample(images, start, extent, size, flipped=None):
+        boxes.append(torch.cat([start, extent], 1))
+        flips.append(flipped)
+        return images[:, :size, :size].float()
+
+    def jitter(x, u, strength):
+        jitters.append((len(u), strength))
+        return x
+    monkeypatch.setattr(common, "resample", resample)
+    monkeypatch.setattr(common, "colour_jitter", jitter)
+    sizes = [len(labels) for _, labels in common.batches(train, 16, torch.Generator().manual_seed(0))]
+    assert jitters == [(n, 0.4) for n in sizes] and 0.3 < torch.cat(flips).double().mean() < 0.7
+    boxes.clear()
+    common.features(common.BACKBONES["small"](5), train)
+    start, extent = torch.cat(boxes).split(2, dim=1)
+    sides = 7 / 8 * train.sizes.min(1, keepdim=True).values.expand(-1, 2)
+    assert torch.allclose(extent * train.sizes, sides) and torch.allclose(2 * start + extent, torch.ones(88, 2))
+
+
 # ---- ranks
 
 @pytest.mark.parametrize("kind", ["small", "photographs"])
@@ -352,6 +375,10 @@ def test_every_script_trains_on_photographs(call, photos, tmp_path, script):
     assert call(script, *listed(photos), "--epochs", "1", *extra) == 0
     run = result(tmp_path / "runs")
     assert run["metrics"]["val"]["all"] is not None and run["imb_factor"] == "natural"
+    net, weights = common.load_network(next(tmp_path.glob("runs/*/weights.pt")))
+    files = [photos / line.split()[0] for line in (photos / "ImageNet_LT_test.txt").read_text().splitlines()]
+    kept = saved(tmp_path / "runs", "test_logits.pt")["logits"].softmax(1)
+    assert torch.allclose(common.classify(net, weights, files), kept, atol=1e-4)
     assert all(row["paper"] is None for row in run["rows"])
 
 

@@ -126,6 +126,21 @@ def test_each_operation_against_pillow(name, level, sign):
     assert rbl.operation(images, name, level, sign).dtype == torch.uint8
 
 
+def test_rbl_augments_in_three_steps_and_hinge_ce_crops_by_its_margin(call, monkeypatch):
+    steps, margins, real = [], [], common.crop_flip
+
+    def crop_flip(images, generator, pad=None):
+        margins.append(pad)
+        return real(images, generator, pad)
+    monkeypatch.setattr(common, "crop_flip", crop_flip)
+    assert call("hinge_ce", "--epochs", "1", "--pad", "3") == 0 and set(margins) == {3}
+    monkeypatch.setattr(common, "crop_flip", lambda images, generator: steps.append("crop_flip") or images)
+    for name in ("autoaugment", "cutout"):
+        monkeypatch.setattr(rbl, name, lambda images, generator, name=name: steps.append(name) or images)
+    rbl.strong(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.Generator())
+    assert steps == ["crop_flip", "autoaugment", "cutout"]
+
+
 def test_autoaugment_draws_as_the_policy_says():
     images = smooth_images(400).permute(0, 2, 3, 1).contiguous()
     fast = rbl.autoaugment(images.clone(), torch.Generator().manual_seed(0)).numpy().astype(int)

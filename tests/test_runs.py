@@ -22,10 +22,13 @@ from conftest import ROOT, SCRIPTS, log_of, result, results, same, saved
 TINY = ("--epochs", "2", "--imb-factor", "100")
 VARIANTS = ("ce", "cb", "wd", "wb", "etf", "fr-etf")
 MODES = {"ewb_fdr": [("--variant", v) for v in VARIANTS] + [("--variant", "wb", "--cb-loss", "ce")],
-         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf", "hinge")] + [("--tau-minus", "0.9")],
+         "hinge_ce": [("--variant", v) for v in ("ce", "ce-etf")] + [("--tau-plus", "1.5"), ("--tau-minus", "0.9", "--minor", "1")],
          "lort": [(), ("--bn", "eval"), ("--retrain", "all")],
-         "lwr": [("--base", b) for b in ("bs", "ce-drw", "focal", "la")] + [("--project", "no", "--schedule", "const")],
+         "lwr": [("--base", b) for b in ("bs", "ce-drw", "focal", "la")] + [("--project", "no", "--schedule", "const", "--theta", "0")],
          "rbl": [("--head", h) for h in ("rbl", "fixed", "linear")] + [("--augment", "strong", "--deterministic")]}
+DECAY = {("ewb_fdr", "ce"): [[0]], ("ewb_fdr", "cb"): [[0]], ("ewb_fdr", "wb"): [[1e-3], [0.1]], "ewb_fdr": [[1e-3]],
+         "hinge_ce": [[2e-4, 0]], "lort": [[1e-3], [0]], ("lort", "all"): [], "lwr": [[5e-4]], "rbl": [[5e-4]]}  # by group
+TRAINED = {}  # (script, mode) -> the weights that it gave
 
 
 RUNS = [(script, ()) for script in SCRIPTS] + [("lort", ("--retrain", "all"))]
@@ -33,6 +36,9 @@ RUNS = [(script, ()) for script in SCRIPTS] + [("lort", ("--retrain", "all"))]
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+VALIDATED = ["--dataset", "synthetic", "--val-per-class", "10"]
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +64,26 @@ def test_every_script_is_listed():
     assert sorted(MODES) == SCRIPTS
 
 
+def alike(a, b):
+    """Are these two networks the same but for rounding?"""
+    if {name: value.shape for name, value in a.items()} != {name: value.shape for name, value in b.items()}:
+        return False
+    return all(torch.allclose(a[name].float(), b[name].float(), rtol=1e-3, atol=1e-4) for name in a)
+
+
 @pytest.mark.parametrize("script, mode", [(script, mode) for script in SCRIPTS for mode in MODES[script]])
-def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, script, mode):
+def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, monkeypatch, script, mode):
+    optimizers, real = [], common.Run.captured
+
+    def captured(run, step, net, optimizer):
+        optimizers.append(optimizer)
+        return real(run, step, net, optimizer)
+    monkeypatch.setattr(common.Run, "captured", captured)
     assert call(script, *TINY, *mode) == 0
+    groups = [optimizer.param_groups for optimizer in optimizers]
+    assert [[group["weight_decay"] for group in of_one] for of_one in groups] == DECAY.get((script, *mode[1:2]), DECAY[script])
+    for group in sum(groups, []):
+        assert group["momentum"] == 0.9 and group["nesterov"] == (script in ("rbl", "hinge_ce"))
     out, runs = capsys.readouterr().out, tmp_path / "runs"
     run, folder = result(runs), next(runs.glob("*/"))
     assert run["method"] == script and run["subset"]["sha256"] in out and "| many / medium / few |" in out
@@ -72,10 +95,16 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, scri
         assert row["acc"] == common.report(kept["rows"][row["row"]], kept["labels"], kept["counts"])
         assert all(0 <= row[kind][group] <= 100 for kind in ("acc", "acc_flip") for group in ("all", "many", "few"))
         assert kept["strengths"][row["row"]] == row["strength"]
-    log = log_of(runs)
-    first = [line for line in log if line["stage"] == log[0]["stage"]]
+    stages = {}
+    for line in log_of(runs):
+        stages.setdefault(line["stage"], []).append(line)
+    first = next(iter(stages.values()))
     other_loss = "--tau-minus" in mode or "ce-drw" in mode  # of the last epoch, or a loss that is hard to lower
-    assert (first[-1]["loss"] < first[0]["loss"] or other_loss) and first[-1]["lr"] != first[0]["lr"]
+    assert first[-1]["loss"] < first[0]["loss"] or other_loss
+    assert all(lines[-1]["lr"] != lines[0]["lr"] for lines in stages.values())
+    TRAINED[script, mode] = saved(runs)["net"]
+    others = [other for other in MODES[script] if other != mode and (script, other) in TRAINED]
+    assert not [other for other in others if alike(TRAINED[script, mode], TRAINED[script, other])]
 
     # load_network() gives the outputs of every row, whatever the script made of the classifier
     data = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu"))
@@ -127,6 +156,10 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         assert chosen[0] == chosen[1] != chosen[2] and run["nothing"]["rows"][0] == run["val"]["rows"][0]
         net = {change: {name: value for name, value in net[change].items() if not name.startswith("fc.")} for change in net}
     assert same(net["nothing"], net["val"])
+    found, file = common.load_network(next(tmp_path.glob("nothing/*/weights.pt")), run["nothing"]["headline"])
+    data = common.normalised_as(real(common.base_parser("").parse_args(VALIDATED), torch.device("cpu")), file["mean"], file["std"])
+    slow = common.report(found.fc(common.features(found, data.val)), data.val.labels, data.counts)
+    assert run["nothing"]["metrics"]["val"] == pytest.approx(slow, abs=2)  # rounding may turn one of 200, or of a group's 60
     if script == "ewb_fdr":
         strengths = {change: [row["strength"] for row in run[change]["rows"]] for change in run}
         assert strengths["nothing"] == strengths["test"]
@@ -151,6 +184,25 @@ def test_the_network_is_scored_plain_and_adjusted(call, tmp_path, script, flags,
             slow = kept["logits"] * prior ** -row["strength"]
         assert row["strength"] > 0
         assert torch.allclose(kept["rows"][row["row"]].log_softmax(1), slow.log_softmax(1), atol=1e-4)
+
+
+def test_the_adjustments_of_wd_begin_with_vectors_of_norm_one(wd):
+    """The multiplicative one and its gamma, slowly; an ETF has such vectors as it is. And the recorded scale of BatchNorm."""
+    kept, net = common.load(wd.parent / "test_logits.pt"), common.load(wd)["net"]
+    w, b, prior = net["fc.weight"], net["fc.bias"], kept["counts"] / kept["counts"].sum()
+
+    def slow(logits, gamma):
+        return ((logits - b) / w.norm(dim=1) + b) * prior ** -gamma
+    gamma = kept["strengths"]["wd + multiplicative LA"]
+    assert torch.allclose(kept["rows"]["wd + multiplicative LA"], slow(kept["logits"], gamma), atol=1e-4)
+    network, file = common.load_network(wd)
+    data = common.load_data(common.base_parser("").parse_args(VALIDATED), torch.device("cpu"))
+    data = common.normalised_as(data, file["mean"], file["std"])
+    logits = network.fc(common.features(network, data.val))
+    scores = [common.report(slow(logits, k / 20), data.val.labels, data.counts)["all"] for k in range(61)]
+    assert gamma == scores.index(max(scores)) / 20
+    scales = [value.mean().item() for name, value in net.items() if re.search(r"bn\d?\.weight", name)]
+    assert len(scales) == 7 and result(wd.parents[1])["metrics"]["batchnorm_scale"] == pytest.approx(sum(scales) / 7, rel=1e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -215,6 +267,11 @@ def test_rbl_keeps_its_curves(call, tmp_path):
     assert accuracy == pytest.approx(result(tmp_path / "runs")["rows"][1]["acc"]["all"])  # the test set is balanced
     assert loss == pytest.approx(F.cross_entropy(kept["rows"]["rbl"], kept["labels"]).item())
     assert all("train_acc_ce" in line for line in log)
+    net, _ = common.load_network(next(tmp_path.glob("runs/*/weights.pt")))
+    train = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu")).train
+    logits = net.fc(common.features(net, train))  # without the adjustment
+    assert log[-1]["train_acc_ce"][0] == pytest.approx(100 * (logits.argmax(1) == train.labels).float().mean().item(), abs=0.4)
+    assert log[-1]["train_acc_ce"][1] == pytest.approx(F.cross_entropy(logits, train.labels).item(), rel=1e-3)
 
 
 # ---- stage 1 from a file
@@ -225,6 +282,7 @@ def test_stage_one_of_other_data_is_refused(call, refused, tmp_path, monkeypatch
     refused("lort", "--imb-factor", "100", "--stage1", stage1, words=["--imb-factor 10"])
     refused("lort", "--imb-factor", "10", "--val-per-class", "10", "--stage1", stage1, out=tmp_path / "val",
             words=["--val-per-class"])  # it was trained on these
+    refused("lort", "--imb-factor", "10", "--subset-seed", "1", "--stage1", stage1, out=tmp_path / "seed", words=["--subset-seed 0, not 1"])
     parts, classes = common.synthetic()
     parts["test"] = 255 - parts["test"][0], parts["test"][1]
     monkeypatch.setattr(common, "synthetic", lambda: (parts, classes))
@@ -297,7 +355,8 @@ def test_lort_does_not_retrain_a_retrained_classifier(call, refused, tmp_path):
 def test_stage_one_was_trained_as_is_asked_for(call, refused, tmp_path):
     assert call("lwr", *TINY) == 0
     stage1, = tmp_path.glob("runs/*/weights.pt")
-    refused("lort", "--stage1", stage1, "--epochs", "77", out=tmp_path / "x", words=["--epochs 2, not 77"])
+    for epochs in (77, 15):  # 15: as trained by lort itself
+        refused("lort", "--stage1", stage1, "--epochs", epochs, out=tmp_path / "x", words=[f"--epochs 2, not {epochs}"])
     refused("lort", "--stage1", stage1, "--weight-decay", "0.5", out=tmp_path / "x", words=["--weight-decay 0.0005, not 0.5"])
     assert call("lort", "--stage1", stage1, "--epochs", "2", "--epochs2", "1", out=tmp_path / "lort") == 0
 
@@ -433,7 +492,8 @@ STOPS = [("rbl", (), "train", 1), ("hinge_ce", (), "train", 1),
 def test_a_stopped_run_goes_on_to_the_same_result(call, tmp_path, monkeypatch, capsys, script, flags, stage, epoch):
     """In stage 2 from the checkpoints of both stages: that of the first must not have moved on with the weights."""
     monkeypatch.setattr(importlib.import_module("lort"), "TRAINED", ("cosine", "re-sampling", "max-norm", "lort"))
-    assert call(script, *TINY, *flags, out=tmp_path / "whole") == 0
+    flags = (*TINY, "--eval-every", "1", *flags)
+    assert call(script, *flags, out=tmp_path / "whole") == 0
     monkeypatch.setattr(common, "SAVE_EVERY", 0.0)
     real = common.Run.log
 
@@ -443,9 +503,9 @@ def test_a_stopped_run_goes_on_to_the_same_result(call, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log", log)
-        assert call(script, *TINY, *flags) == 130
+        assert call(script, *flags) == 130
     capsys.readouterr()
-    assert call(script, *TINY, *flags) == 0
+    assert call(script, *flags) == 0
     assert f"{stage}: resumed after epoch {epoch} of" in capsys.readouterr().out
     a, b = result(tmp_path / "runs"), result(tmp_path / "whole")
     assert a["rows"] == b["rows"] and a["metrics"] == b["metrics"]
@@ -679,7 +739,7 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         split = common.Split(grey, labels, torch.zeros(3), torch.ones(3))
         return common.Data(split, split if args.val_per_class else None, split, [1] * len(labels), [], {})
     monkeypatch.setattr(common, "load_data", data)
-    stage1 = {"val_per_class": 20, "epochs": 200, "batch_size": 64, "lr": 0.01, "weight_decay": 5e-3}
+    stage1 = {"variant": "wd", "val_per_class": 20, "epochs": 200, "batch_size": 64, "lr": 0.01, "weight_decay": 5e-3}
     monkeypatch.setattr(common, "load_stage1", lambda args, data, **others: (torch.nn.Linear(1, 1), data, stage1))
     monkeypatch.setattr(common.Run, "begin", begin)
     run_all(words, **fake, SEEDS="0")
@@ -688,8 +748,8 @@ def test_no_run_of_run_all_is_refused(fake, tmp_path, monkeypatch, words):
         with pytest.raises(Begins):
             importlib.import_module(Path(script).stem).main([*flags, "--out", str(tmp_path / str(number))])
     assert number + 1 == RUN_ALL
-    for epochs, published in ((200, True), (40, False)):  # is stage 1 the paper's?
-        stage1["epochs"] = epochs
+    for changes, published in (({}, True), ({"epochs": 40}, False), ({"variant": "ce"}, False)):  # is stage 1 the paper's?
+        monkeypatch.setattr(common, "load_stage1", lambda args, data, **others: (torch.nn.Linear(1, 1), data, stage1 | changes))
         with pytest.raises(Begins) as begun:
             importlib.import_module("lort").main(["--stage1", __file__, "--out", str(tmp_path / "lort")])
         assert begun.value.args == (published,)
