@@ -74,14 +74,19 @@ class Data(NamedTuple):
     test: Split
     counts: list   # training images per class
     classes: list  # their names
-    subset: dict   # total, sha256 of the subset, before images are held out; content: sha256 of all images,
-                   # of files their names and, of your own, lengths
+    subset: dict   # total and sha256 of the subset, before images are held out; content: sha256 of all labels
+                   # and images (of files: of their names, and of your own also their lengths)
+
+
+def data_folder(args):
+    """--data-root, or if it is not given ./data, or the folder of your own images."""
+    return Path(args.data_root or ("data" if args.dataset in DATASETS else args.dataset))
 
 
 def exp_counts(n_max, num_classes, imb_factor):
     """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW has it
     (Cao et al. 2019)."""
-    return [int(n_max * imb_factor ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
+    return [int(n_max * imb_factor ** (-c / (num_classes - 1))) for c in range(num_classes)]
 
 
 def shuffled_classes(labels, num_classes, seed):
@@ -103,7 +108,8 @@ def first_of_each(shuffled, counts):
 
 
 def cifar(name, root):
-    """({"train": (images, labels), "test": ...}, class names), read and if need be fetched by torchvision."""
+    """({"train": (images (N, 32, 32, 3) uint8, labels (N,)), "test": ...}, class names), read and if need be
+    fetched by torchvision. A set that is missing or damaged even so is refused."""
     import torchvision
     source = getattr(torchvision.datasets, name.upper())
     try:
@@ -143,13 +149,13 @@ def synthetic():
 def mean_and_std(images):
     """(3,) each, of images (N, H, W, 3) uint8, in grey levels."""
     mean = images.mean((0, 1, 2))
-    square = np.square(images, dtype=np.uint16).mean((0, 1, 2))  # 255^2 fits; a float copy is large
+    square = np.square(images, dtype=np.uint16).mean((0, 1, 2))  # 255^2 fits; floats would be large
     return mean, np.sqrt(np.maximum(square - mean**2, 1))                       # a channel may be constant
 
 
 def long_tail(parts, args):
     """(parts, counts, subset): the standard subset of the training part, and a part "val" if --val-per-class
-    asks for it. subset: see Data."""
+    asks for it. parts: {part: (images, or paths (N,), labels (N,))}; subset: see Data."""
     content = hashlib.sha256()
     for images, labels in parts.values():
         if images.dtype == object:  # paths
@@ -168,8 +174,8 @@ def long_tail(parts, args):
         if len(index) < counts[c]:
             fail(f"--imb-factor {args.imb_factor}: class {c} has {len(index)} images, not {counts[c]}; try "
                  "--imb-factor natural")
-    subset = first_of_each(shuffled, counts)
-    sha256 = hashlib.sha256(subset.astype("<i8").tobytes()).hexdigest()[:16]
+    chosen = first_of_each(shuffled, counts)
+    sha256 = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()[:16]
     standard = FINGERPRINTS.get(args.dataset, {}).get(args.imb_factor, sha256)
     if args.subset_seed == 0 and sha256 != standard:
         fail(f"the subset's sha256 is {sha256}, not the standard {standard}: these are other images")
@@ -186,7 +192,7 @@ def long_tail(parts, args):
         parts = parts | {"val": (images[held_out], labels[held_out])}
     train = first_of_each(shuffled, counts)
     parts = parts | {"train": (images[train], labels[train])}
-    subset = {"total": len(subset), "sha256": sha256, "content": content.hexdigest()[:16]}
+    subset = {"total": len(chosen), "sha256": sha256, "content": content.hexdigest()[:16]}
     return parts, counts, subset
 
 
@@ -207,11 +213,11 @@ def load_data(args, device):
     if args.dataset == "synthetic":
         parts, classes = synthetic()
     elif args.dataset in FINGERPRINTS:
-        parts, classes = cifar(args.dataset, Path(args.data_root or "data"))
+        parts, classes = cifar(args.dataset, data_folder(args))
     elif args.dataset in LISTS:
         parts, classes = listed_images(args)
     else:
-        parts, classes = own_images(Path(args.dataset), Path(args.data_root or args.dataset))
+        parts, classes = own_images(Path(args.dataset), data_folder(args))
     parts, counts, subset = long_tail(parts, args)
     if args.dataset == "synthetic":
         mean, std = mean_and_std(parts["train"][0])
@@ -262,7 +268,7 @@ def normalise(images, split):
 
 def batches(split, batch_size, generator, augment=crop_flip):
     """Yield an epoch of (x, labels): every image once, in random order, augmented. The last batch may be
-    short; a last batch of one image is left out, since BatchNorm would take its statistics from that alone.
+    short; a last batch of one image is left out, since BatchNorm would take its statistics from it alone.
 
     With several processes (ranks) all draw the same order and the same random numbers, and each takes its
     share of every batch. For equal shares up to WORLD - 1 images, different ones each epoch, are left out.
@@ -274,8 +280,8 @@ def batches(split, batch_size, generator, augment=crop_flip):
     if split.sizes is not None:
         yield from photograph_batches(split, order, batch_size, generator)
         return
-    together = max(1, AT_ONCE // (split.images[0].numel() * batch_size))        # batches
-    for index in order.split(together * batch_size):
+    n = max(1, AT_ONCE // (split.images[0].numel() * batch_size))  # batches that are augmented together
+    for index in order.split(n * batch_size):
         images = normalise(augment(split.images[index], generator), split)
         for x, labels in zip(images.split(batch_size), split.labels[index].split(batch_size)):
             yield x[RANK::WORLD], labels[RANK::WORLD]
@@ -359,7 +365,7 @@ class ResNet34(nn.Module):
 
 
 class Torchvision(nn.Module):
-    """torchvision's network of that name as it is, for 224 pixels."""
+    """torchvision's network of that name, for 224 pixels: features (B, 2048)."""
 
     def __init__(self, num_classes, name):
         super().__init__()
@@ -373,9 +379,10 @@ class Torchvision(nn.Module):
 
 
 BACKBONES = {"resnet32": ResNet32, "resnet32_bn": partial(ResNet32, last_norm=True), "resnet34": ResNet34,
-             "small": partial(ResNet32, blocks=1)}
-for name in ("resnet50", "resnext50_32x4d", "resnet152"):
-    BACKBONES[name] = partial(Torchvision, name=name)
+             "small": partial(ResNet32, blocks=1),
+             "resnet50": partial(Torchvision, name="resnet50"),
+             "resnet152": partial(Torchvision, name="resnet152"),
+             "resnext50_32x4d": partial(Torchvision, name="resnext50_32x4d")}
 
 
 def simplex_etf(num_classes, dim, generator):
@@ -492,7 +499,7 @@ def report(logits, labels, counts):
 
 
 def fail(message, code=2):
-    """Bad input: one line on stderr and exit code 2, no traceback."""
+    """End with one line on stderr and this exit code, 2 for bad input, without a traceback."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(code)
 
@@ -587,10 +594,9 @@ def parse(parser, argv, recipe, changes):
     """
     recipe = {"subset_seed": 0, "val_per_class": 0, "image_size": None} | recipe  # the papers have these too
     argv = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(**recipe)
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     built_in = first.dataset in ("synthetic", *FINGERPRINTS)
-    if first.dataset in LISTS and first.dataset not in changes and first.backbone == recipe["backbone"]:
+    if first.dataset in LISTS and first.dataset not in changes and first.backbone is None:
         fail(f"there is no recipe for {first.dataset} here: give --backbone, and look at the other flags")
     recipe |= changes.get(getattr(first, "variant", None), {})
     recipe |= changes.get(first.dataset, {})
@@ -611,7 +617,7 @@ def parse(parser, argv, recipe, changes):
 
 
 def refuse_without_effect(parser, args, situation, *names):
-    """Refuse flags that were set though they change nothing there: an ablation of them would be none."""
+    """Refuse flags that were set but change nothing in this situation: a comparison of them would be none."""
     for name in names:
         if vars(args)[name] != parser.get_default(name):
             fail(f"--{name.replace('_', '-')} has no effect with {situation}")
@@ -640,7 +646,7 @@ def same_statistics(net):
 
 
 def leave_ranks():
-    """At the end of a run."""
+    """Under torchrun, at the end of a run: leave the group of processes."""
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
@@ -724,7 +730,7 @@ HELD = {}  # folder -> the lock of this process's run there: a notebook may call
 
 def save(path, content, every_rank=False):
     """Write text, or torch.save a dict, under another name and rename: the file is whole, or as it was
-    before. Of several ranks the first writes."""
+    before. Of several ranks only the first writes, unless every_rank."""
     if RANK and not every_rank:
         return
     temporary = path.with_name(f".{path.name}.tmp")
@@ -741,7 +747,7 @@ def save(path, content, every_rank=False):
 
 
 def load(path):
-    """The dict in a checkpoint, a weights.pt or a state_dict; a damaged or foreign file is refused."""
+    """The dict in a checkpoint, weights.pt or test_logits.pt; a missing, damaged or other file is refused."""
     try:
         if zipfile.ZipFile(path).testzip() is None:
             return dict(torch.load(path, "cpu", weights_only=True))
@@ -760,7 +766,7 @@ def same_flags(path, flags, wanted, remedy=""):
 
 @torch.no_grad()
 def as_linear(classifier, dim, device):
-    """The nn.Linear that an affine map from features (N, dim) to logits (N, C) is."""
+    """An affine map from features (N, dim) to logits (N, C) as an nn.Linear; if it is one, itself."""
     if isinstance(classifier, nn.Linear):
         return classifier
     bias = classifier(torch.zeros(1, dim, device=device))                       # (1, C)
@@ -788,17 +794,16 @@ def load_network(path, row=None):
     return net.eval(), saved
 
 
-def load_stage1(args, data, **others):
+def load_stage1(args, data, **wanted):
     """(net, data, flags) to go on from the weights.pt of --stage1: data normalised as that network was
-    trained, and the flags of that run. Refused if its data, network or other flags are not the wanted
-    ones."""
+    trained, and the flags of that run. Refused if its data, its network or the wanted flags differ."""
     net, saved = load_network(args.stage1)
     if saved["stage"] not in ("train", "stage1"):
         fail(f"{args.stage1} has a retrained classifier: give the network before that, stage1.pt of a lort "
              "run, or weights.pt of a wd run")
     same = ("dataset", "imb_factor", "subset_seed", "image_size", "cache_size", "backbone")
-    wanted = {name: vars(args)[name] for name in same}
-    same_flags(args.stage1, saved["flags"], wanted | others)
+    wanted |= {name: vars(args)[name] for name in same}
+    same_flags(args.stage1, saved["flags"], wanted)
     if saved["content"] != data.subset["content"]:
         fail(f"{args.stage1} was trained on other images: the data have changed")
     return net, normalised_as(data, saved["mean"], saved["std"]), saved["flags"]
@@ -813,7 +818,7 @@ def lock(folder, wait=True):
 
 
 def choose_device(name):
-    """The torch.device of --device."""
+    """The torch.device of --device; of several ranks, each one's GPU. One that is not there is refused."""
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -847,22 +852,21 @@ class Run:
         self.flags = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE}
         self.flags |= {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
         if getattr(args, "stage1", None):  # the same name may hold another network when the run goes on
-            if not os.path.isfile(args.stage1):
-                fail(f"--stage1 {args.stage1}: no such file")
-            stage1 = Path(args.stage1).read_bytes()
-            self.flags["stage1_sha256"] = hashlib.sha256(stage1).hexdigest()[:16]
+            self.flags["stage1_sha256"] = hashlib.sha256(Path(args.stage1).read_bytes()).hexdigest()[:16]
         factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
-        dataset = Path(args.dataset).resolve().name
+        dataset = os.path.basename(os.path.abspath(args.dataset))
         self.folder = Path(args.out, f"{method}-{variant}-{dataset}-{factor}-seed{args.seed}")
         self._enter_folder()
         self._join_ranks()
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)  # draws order and augmentation
-        self.stage, self.history, self.best_test = "stage1", [], None
-        self.rows, self.logits, self.classifiers = [], {}, {}
+        self.stage = "stage1"  # lort.py --stage1 saves stage1.pt before any epochs()
+        self.history, self.best_test = [], None       # the lines of log.jsonl; see keep_best()
+        self.rows = []                                # of the table
+        self.logits, self.classifiers = {}, {}        # of each row: its test logits, its nn.Linear
 
     def _join_ranks(self):
-        """Under torchrun: the first rank prints and writes."""
+        """Under torchrun: join the other processes, of which only the first prints."""
         if WORLD == 1:
             return
         if self.args.batch_size % WORLD:
@@ -891,7 +895,7 @@ class Run:
         torch.backends.cudnn.allow_tf32 = self.precision != "fp32"   # convolutions; matrix products are fp32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products on a GPU
         torch.use_deterministic_algorithms(self.args.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and helps no result
+        torch.utils.deterministic.fill_uninitialized_memory = False  # True, the default, costs time
 
     def _enter_folder(self):
         """Make and lock the folder."""
@@ -908,7 +912,7 @@ class Run:
             fail(f"--out {self.args.out}: cannot write there ({error.strerror})")
 
     def _end_if_finished(self):
-        """Refuses the folder if it holds the result of another run."""
+        """If the folder holds this run's result, print it and end. That of another run is refused."""
         path = self.folder / "result.json"
         if path.exists():
             result, = load_results(path)
@@ -919,14 +923,14 @@ class Run:
 
     def _same_run(self, path, saved):
         """Refuse what another run has left in this folder."""
-        wanted = {"stage1_sha256": None} | self.flags
+        wanted = {"stage1_sha256": None} | self.flags  # None: not with --stage1
         wanted.pop("stage1", None)  # its content is compared; the file may have been moved
         same_flags(path, saved.get("flags", {}), wanted, ": choose another --out, or delete the folder")
         if saved["subset"] != self.data.subset:
             fail(f"{path} is of other images: the data have changed; delete the folder to start again")
 
     def begin(self, data, net, augmentation="crop, flip"):
-        """All is checked: print what is trained on what. Ends here if the run is finished."""
+        """Print what is trained on what; end here if the run is finished. augmentation: only printed."""
         self.data = data
         self._end_if_finished()
         self.params = sum(p.numel() for p in net.parameters())
@@ -980,7 +984,7 @@ class Run:
 
     def _save(self, net):
         lines = [json.dumps(line) + "\n" for line in self.history]
-        save(self.folder / "log.jsonl", "".join(lines))  # first: after the checkpoint no epoch is made again
+        save(self.folder / "log.jsonl", "".join(lines))  # first; killed between, these lines are made again
         save(self._checkpoint(), {
             "flags": self.flags,
             "subset": self.data.subset,
@@ -1053,12 +1057,12 @@ class Run:
         self.feat = features(net, self.data.test)                               # (N, D)
         flipped = features(net, self.data.test, flipped=True)
         self.feat_flip = (self.feat + flipped) / 2
-        self.classifiers = {}  # forget those of earlier rows: lort's stage 1 was another network
+        self.classifiers = {}  # those of earlier rows may be this net.fc itself, trained on since
 
     @torch.no_grad()
     def score(self, row, classifier, best_test=None, strength=None):
         """Add a row to the table. classifier: the affine map from features (N, D) to the logits (N, C) to be
-        scored. strength: of a post-hoc adjustment in it."""
+        scored. best_test: see keep_best(); strength: of a post-hoc adjustment in it."""
         labels, counts = self.data.test.labels, self.data.counts
         logits = classifier(self.feat)
         if not logits.isfinite().all():
@@ -1090,7 +1094,6 @@ class Run:
             "rows": {row: classifier.state_dict() for row, classifier in self.classifiers.items()},
             "flags": flags,
             "classes": data.classes,
-            "counts": data.counts,
             "content": data.subset["content"],
             "view": "central" if isinstance(test.images, ImageFile) else "squashed",
             "size": test.images.shape[1],
@@ -1099,7 +1102,7 @@ class Run:
 
     def finish(self, net, headline=None, **metrics):
         """Keep the weights, the test logits and, last, the result. headline: the row that the paper is about,
-        the last one if not given."""
+        the last one if not given; metrics: more for result.json."""
         args, data = self.args, self.data
         headline = headline or self.rows[-1]["row"]
         labels = data.test.labels.cpu()
@@ -1110,7 +1113,6 @@ class Run:
             logits = self.classifiers[headline](features(net, data.val))
             metrics["val"] = report(logits, data.val.labels, data.counts)
         seconds = sum(line["seconds"] for line in self.history)
-        speed = len(data.train.labels) * len(self.history) / max(seconds, 1e-9)
         memory = torch.cuda.max_memory_allocated() >> 20 if self.device.type == "cuda" else None
         result = {
             "method": self.method,
@@ -1126,10 +1128,8 @@ class Run:
             "subset": data.subset,
             "params": self.params,
             "seconds": round(seconds, 1),
-            "images_per_s": round(speed),
             "peak_memory_mb": memory,
             "device": self.machine,
-            "precision": self.precision,
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d")}
         result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
@@ -1188,9 +1188,9 @@ def plus_minus(values):
 
 def duration(seconds):
     """As text, with two digits."""
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.2g} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+    unit, size = ("s", 1) if seconds < 60 else ("min", 60) if seconds < 3600 else ("h", 3600)
+    rounded = float(f"{seconds / size:.2g}")
+    return f"{rounded:g} {unit}"
 
 
 def all_but_seed(result):
@@ -1308,8 +1308,7 @@ LISTS = {
     "inat18": Lists("iNaturalist18", "val", ("4accdb75", "4c239008"), 0.0,  # there is no other test set
                     (0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
 
-
-PARTS = {"train": ("train",), "test": ("test",), "val": ("val", "valid", "validation")}
+PARTS = {"train": ("train",), "test": ("test",), "val": ("val", "valid", "validation")}  # names of your own
 
 
 def read_list(path, root):
@@ -1383,9 +1382,9 @@ def own_images(folder, root):
 
 def listed_images(args):
     """Like own_images(): a data set of the standard lists, which lie in --data-root as the images do. Classes
-    are numbered as in the lists and named by the folders. Lowers args.published if a list is not the
-    standard one."""
-    lists, root = LISTS[args.dataset], Path(args.data_root or "data")
+    are numbered as in the lists and named by the folders of the training images. Lowers args.published if a
+    list is not the standard one."""
+    lists, root = LISTS[args.dataset], data_folder(args)
     parts, names = {}, {}
     for part, name in (("train", "train"), ("test", lists.test), ("val", "val")):
         path = root / f"{lists.name}_{name}.txt"
@@ -1400,7 +1399,7 @@ def listed_images(args):
         except (OSError, ValueError) as error:
             fail(f"{args.dataset} needs {path} with lines `path label`: {error}")
         parts[part] = np.array([file for file, _ in listed]), labels
-        names |= {int(label): file.parent.name for file, label in listed}
+        names = {int(label): file.parent.name for file, label in listed} | names  # those of the first win
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if blob[:8] not in lists.known:
             print(f"{path} is not the standard list: no paper's number stands beside the result")
@@ -1468,7 +1467,7 @@ def square(image, kind, side):
 
 def names_and_lengths(paths, args):
     """Bytes that change if the files do: their names and, of your own, their lengths."""
-    root = Path(args.data_root or args.dataset)
+    root = data_folder(args)
     lengths = []
     if args.dataset not in LISTS:
         lengths = [path.stat().st_size for path in paths if path.exists()]
@@ -1478,7 +1477,7 @@ def names_and_lengths(paths, args):
 
 def write_squares(file, paths, kind, side, own):
     """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
-    original and a digest of its pixels. What cannot be read is named together."""
+    original and a digest of its pixels. If some cannot be read, no file is left and one line names them."""
     os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
 
     def read(k):
@@ -1502,7 +1501,7 @@ def write_squares(file, paths, kind, side, own):
 def cached_squares(paths, kind, side, args):
     """(ImageFile, sizes, digests): write_squares() into a file in .cache, unless that was done before."""
     own = args.dataset not in LISTS
-    folder = Path(args.data_root or (args.dataset if own else "data"), ".cache")
+    folder = data_folder(args) / ".cache"
     times = [path.stat().st_mtime_ns for path in paths if own and path.exists()]
     key = f"{kind} {side} {times}".encode() + names_and_lengths(paths, args)
     name = hashlib.sha256(key).hexdigest()[:16]
@@ -1511,10 +1510,8 @@ def cached_squares(paths, kind, side, args):
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock(folder)  # one process decodes, the others wait
     try:
-        size = 0
-        if index.exists() and pixels.exists():
-            size = pixels.stat().st_size
-        if size != len(paths) * side * side * 3:  # not begun, not finished, or a copy that is cut off
+        length = len(paths) * side * side * 3
+        if not (index.exists() and pixels.exists() and pixels.stat().st_size == length):  # the index is last
             index.unlink(missing_ok=True)
             with open(pixels, "wb") as file:
                 found = write_squares(file, paths, kind, side, own)
@@ -1530,8 +1527,8 @@ def small_squares(parts, args, device):
     first = parts["train"][0][0]
     try:
         side = open_image(first).width
-    except ValueError:
-        side = 32  # any will do: write_squares() names all that cannot be read
+    except ValueError as error:
+        fail(f"{first}: {error} (images of lists lie below --data-root)")
     if not 16 <= side <= 256:  # of one photograph, before all are read
         fail(f"{first} has {side} pixels a side: small images have 16 to 256, for others give --image-size")
     images, digests = {}, {}
@@ -1580,13 +1577,13 @@ def read_files(parts, args, device):
 
 def photograph_batches(split, order, batch_size, generator):
     """batches() of photographs: RandomResizedCrop, horizontal flip and ColorJitter."""
-    on_host = order.cpu()  # once per epoch: reading a batch then waits for nothing
-    for index, files in zip(order.split(batch_size), on_host.split(batch_size)):
+    order_on_host = order.cpu()  # once an epoch, so that no batch waits for the GPU
+    for index, on_host in zip(order.split(batch_size), order_on_host.split(batch_size)):
         draws = torch.rand(len(index), 22 + 1 + 6, generator=generator, device=order.device)
         box, flip, colours = draws[RANK::WORLD].split((22, 1, 6), dim=1)
         index = index[RANK::WORLD]
         start, extent = crop_boxes(box, split.sizes[index])
-        images = take(split, files[RANK::WORLD])
+        images = take(split, on_host[RANK::WORLD])
         x = resample(images, start, extent, split.crop, flipped=flip[:, 0] < 0.5)
         if split.jitter:
             x = colour_jitter(x, colours, split.jitter)
@@ -1595,7 +1592,8 @@ def photograph_batches(split, order, batch_size, generator):
 
 def crop_boxes(u, sizes):
     """RandomResizedCrop's boxes as torchvision draws them: 8 to 100 % of the area, aspect ratio 3/4 to 4/3,
-    of ten draws the first that fits, else the largest central one. u (n, 22): random numbers; sizes (n, 2).
+    of ten draws the first that fits, else the largest central one. u (n, 22) in [0, 1): ten areas, ten
+    ratios, x and y; sizes (n, 2).
     Returns where the boxes start and what they extend over, (n, 2) each, as parts of the width and height."""
     area = sizes.prod(1, keepdim=True) * (0.08 + 0.92 * u[:, :10])              # (n, 10)
     ratio = (4 / 3) ** (2 * u[:, 10:20] - 1)                                    # (n, 10)
@@ -1634,7 +1632,8 @@ def resample(images, start, extent, size, flipped=None):
 
 def colour_jitter(x, u, strength):
     """torchvision's ColorJitter(s, s, s): brightness, contrast and saturation in an order drawn for each
-    image, rounded as Pillow does. x (n, H, W, 3) in 0..255, u (n, 6) random numbers."""
+    image, cut to whole numbers as Pillow does. x (n, H, W, 3) in 0..255; u (n, 6) in [0, 1): three for the
+    order, three for the factors."""
     order = u[:, :3].argsort(1)                                                 # (n, 3)
     factors = 1 + strength * (2 * u[:, 3:] - 1)                                 # (n, 3)
     for step in (0, 1, 2):

@@ -65,7 +65,7 @@ run() {  # run SCRIPT FLAGS...: one run of this seed and imbalance factor
     fi
 }
 
-weight_balancing() {  # the first stage of wb is the wd run: the same recipe, so the same weights; LORT's Table 1 has it too
+weight_balancing() {  # the first stage of wb is the wd run: the same recipe, so the same weights; LORT's Table 1 starts from it too
     run ewb_fdr --variant wd
     local stage1="$OUT/ewb_fdr-wd-$dataset-if$factor-seed$seed/weights.pt"
     run ewb_fdr --variant wb --stage1 "$stage1"

@@ -38,7 +38,12 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-VALIDATED = ["--dataset", "synthetic", "--val-per-class", "10"]
+whole_load_data = common.load_data  # some tests replace it
+
+
+def synthetic_data(*flags):
+    args = common.base_parser("").parse_args(["--dataset", "synthetic", *flags])
+    return whole_load_data(args, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +112,7 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, monk
     assert not [other for other in others if alike(TRAINED[script, mode], TRAINED[script, other])]
 
     # load_network() gives the outputs of every row, whatever the script made of the classifier
-    data = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu"))
+    data = synthetic_data()
     rows = saved(runs)["rows"]  # without lort's "stage 1", which is another network
     assert run["headline"] in rows
     flip = {row["row"]: row["acc_flip"]["all"] for row in run["rows"]}
@@ -137,10 +142,10 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
     """With other test images the weights and every choice stay. With other validation images the weights stay too, but that
     --retrain chooses among trained classifiers by them: it trains the same ones and chooses others."""
     flags = (*TINY, *mode, "--eval-every", "1", "--val-per-class", "10")
-    real, run, net, losses = common.load_data, {}, {}, {}
+    run, net, losses = {}, {}, {}
     for change in ("nothing", "test", "val"):
         def load(args, device):
-            data = real(args, device)
+            data = whole_load_data(args, device)
             if change == "nothing":
                 return data
             part = getattr(data, change)
@@ -157,7 +162,7 @@ def test_neither_test_nor_validation_images_reach_the_weights(call, tmp_path, mo
         net = {change: {name: value for name, value in net[change].items() if not name.startswith("fc.")} for change in net}
     assert same(net["nothing"], net["val"])
     found, file = common.load_network(next(tmp_path.glob("nothing/*/weights.pt")), run["nothing"]["headline"])
-    data = common.normalised_as(real(common.base_parser("").parse_args(VALIDATED), torch.device("cpu")), file["mean"], file["std"])
+    data = common.normalised_as(synthetic_data("--val-per-class", "10"), file["mean"], file["std"])
     slow = common.report(found.fc(common.features(found, data.val)), data.val.labels, data.counts)
     assert run["nothing"]["metrics"]["val"] == pytest.approx(slow, abs=2)  # rounding may turn one of 200, or of a group's 60
     if script == "ewb_fdr":
@@ -196,7 +201,7 @@ def test_the_adjustments_of_wd_begin_with_vectors_of_norm_one(wd):
     gamma = kept["strengths"]["wd + multiplicative LA"]
     assert torch.allclose(kept["rows"]["wd + multiplicative LA"], slow(kept["logits"], gamma), atol=1e-4)
     network, file = common.load_network(wd)
-    data = common.load_data(common.base_parser("").parse_args(VALIDATED), torch.device("cpu"))
+    data = synthetic_data("--val-per-class", "10")
     data = common.normalised_as(data, file["mean"], file["std"])
     logits = network.fc(common.features(network, data.val))
     scores = [common.report(slow(logits, k / 20), data.val.labels, data.counts)["all"] for k in range(61)]
@@ -210,7 +215,7 @@ def test_bf16_is_near_fp32_and_keeps_the_weights_in_fp32(call, tmp_path, script)
     for precision in ("fp32", "bf16"):
         assert call(script, *TINY, "--precision", precision, out=tmp_path / precision) == 0
     a, b = (result(tmp_path / precision) for precision in ("fp32", "bf16"))
-    assert (a["precision"], b["precision"]) == ("fp32", "bf16")
+    assert (a["flags"]["precision"], b["flags"]["precision"]) == ("fp32", "bf16")
     losses = [log_of(tmp_path / precision)[0]["loss"] for precision in ("fp32", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
     net = saved(tmp_path / "bf16")["net"]
@@ -268,7 +273,7 @@ def test_rbl_keeps_its_curves(call, tmp_path):
     assert loss == pytest.approx(F.cross_entropy(kept["rows"]["rbl"], kept["labels"]).item())
     assert all("train_acc_ce" in line for line in log)
     net, _ = common.load_network(next(tmp_path.glob("runs/*/weights.pt")))
-    train = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu")).train
+    train = synthetic_data().train
     logits = net.fc(common.features(net, train))  # without the adjustment
     assert log[-1]["train_acc_ce"][0] == pytest.approx(100 * (logits.argmax(1) == train.labels).float().mean().item(), abs=0.4)
     assert log[-1]["train_acc_ce"][1] == pytest.approx(F.cross_entropy(logits, train.labels).item(), rel=1e-3)
@@ -328,7 +333,7 @@ def test_stage_one_is_handed_over_with_its_normalisation(call, tmp_path, wd):
     assert after["rows"][0]["acc"] == before["rows"][0]["acc"] and after["rows"][0]["acc_flip"] == before["rows"][0]["acc_flip"]
     assert torch.equal(saved(tmp_path / "runs")["mean"], common.load(wd)["mean"])
     assert after["metrics"]["stage 1 was trained with"]["val_per_class"] == 10
-    plain = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic"]), torch.device("cpu"))
+    plain = synthetic_data()
     assert not torch.equal(saved(tmp_path / "runs")["mean"], plain.test.mean)
 
 
@@ -379,7 +384,7 @@ def test_lort_goes_on_from_the_network_of_any_script(call, tmp_path, script):
     for row in ("lws", "tau-norm"):  # every class's vector has another length (of lws maybe a negative one), no other direction
         assert torch.allclose(F.cosine_similarity(rows[row]["weight"], w).abs(), torch.ones(20), atol=1e-4)
         assert torch.allclose(rows[row]["bias"], b, atol=1e-5)
-    counts, tau = torch.tensor(saved(tmp_path / "lort")["counts"]), run["metrics"]["la"]["s"]
+    counts, tau = saved(tmp_path / "lort", "test_logits.pt")["counts"], run["metrics"]["la"]["s"]
     assert torch.allclose(rows["la"]["bias"], b - tau * counts.log(), atol=1e-4)
     assert (rows["cosine"]["bias"] == 0).all()
     assert same({"weight": saved(tmp_path / "lort")["net"]["fc.weight"]}, {"weight": rows["lort"]["weight"]})
@@ -389,7 +394,7 @@ def test_table_1_chooses_on_validation_images(call, tmp_path):
     """Every choice has the recorded accuracy on them, and none of the row's other classifiers has more."""
     assert call("lort", "--retrain", "all") == 0
     run, kept = result(tmp_path / "runs"), saved(tmp_path / "runs")
-    data = common.load_data(common.base_parser("").parse_args(["--dataset", "synthetic", "--val-per-class", "10"]), torch.device("cpu"))
+    data = synthetic_data("--val-per-class", "10")
     for row in kept["rows"]:
         net, file = common.load_network(next(tmp_path.glob("runs/*/weights.pt")), row)
         split = data.val._replace(mean=file["mean"], std=file["std"])
