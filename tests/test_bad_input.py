@@ -271,7 +271,7 @@ def test_a_class_may_be_missing_in_val(call, own, monkeypatch, tmp_path):
         assert call(script, "--dataset", own, "--epochs", "1", "--backbone", "small", "--batch-size", "4") == 0
 
 
-def test_a_path_is_a_folder_even_if_it_is_named_like_a_set(own, refused, monkeypatch):
+def test_a_path_is_a_folder_even_if_it_is_named_like_a_set(own, monkeypatch):
     own.rename(own.parent / "cifar10")
     monkeypatch.chdir(own.parent)
     assert load("./cifar10").counts == [6, 3, 2]
@@ -452,6 +452,11 @@ def test_what_cannot_be_read_leaves_nothing_behind(refused, own):
     break_own(own, "cut")
     refused("hinge_ce", "--dataset", own)
     assert len(list(own.glob(".cache/*.pixels"))) == 1  # of the training images, which all are read
+
+
+def test_a_damaged_image_is_named_though_it_is_the_first(refused, own):
+    (own / "train" / "b" / "0.png").write_text("x")  # of the largest class
+    refused("hinge_ce", "--dataset", own, words=["b/0.png: cannot be read"])
 
 
 def test_photographs_are_refused_before_all_are_read(refused, own, monkeypatch):

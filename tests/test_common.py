@@ -369,6 +369,11 @@ def test_table_means_and_deviations():
     assert text.startswith("cifar100, imbalance: factor 100\n")
 
 
+def test_durations():
+    texts = {3.21: "3.2 s", 59: "59 s", 60: "1 min", 7380: "2 h", 7380 + 720: "2.2 h", 20 * 3600: "20 h", 100 * 3600: "100 h"}
+    assert {seconds: common.duration(seconds) for seconds in texts} == texts
+
+
 def test_table_keeps_apart_what_differs():
     runs = [line(), line(flags={"seed": 0, "lr": 0.2}), line(subset={"sha256": "other"}), line(dataset="cifar10")]
     text = common.table(runs)

@@ -71,6 +71,23 @@ def test_inat18_is_tested_on_its_val_list(photos, tmp_path):
     assert data.val is None and len(data.test.labels) == 30 and data.train.jitter == 0
 
 
+def test_the_images_lie_in_data_if_nothing_else_is_said(photos, tmp_path, monkeypatch):
+    os.symlink(photos, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    args = arguments("data", *FLAGS)
+    before = sorted(photos.glob(".cache/*"))
+    given = common.load_data(args, CPU).subset
+    args.data_root = None
+    assert common.load_data(args, CPU).subset == given == common.load_data(arguments(photos, *FLAGS), CPU).subset
+    assert not before or sorted(photos.glob(".cache/*")) == before  # nothing is decoded again
+
+
+def test_classes_are_named_by_the_folders_of_the_training_images(photos, tmp_path):
+    (tmp_path / "ImageNet_LT_train.txt").write_text((photos / "ImageNet_LT_train.txt").read_text())
+    (tmp_path / "ImageNet_LT_test.txt").write_text("".join(f"val/{c}.JPEG {c}\n" for c in range(5)))
+    assert common.listed_images(arguments(tmp_path))[1] == [f"n0{c}" for c in range(5)]
+
+
 @pytest.mark.parametrize("how, word", [("no list", "ImageNet_LT_train.txt"), ("no label", "lines `path label`"),
                                        ("a gap", "not 0 to"), ("a class not in test", "test list are not 0 to 4"),
                                        ("empty", "it is empty"), ("tested on", "1 images are in both"),

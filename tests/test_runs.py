@@ -126,6 +126,12 @@ def test_every_mode_runs_without_a_warning(call, tmp_path, capsys, recwarn, monk
             assert flip[row] == pytest.approx(of_both, abs=0.4)  # rounding may turn one of 340
 
 
+def test_a_link_named_like_a_set_does_not_change_the_folder(call, monkeypatch, tmp_path):
+    (tmp_path / "synthetic").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert call("lwr", *TINY) == 0 and (tmp_path / "runs/lwr-bs+lwr-synthetic-if100-seed0/result.json").exists()
+
+
 @pytest.mark.parametrize("script, mode", RUNS)
 def test_the_same_command_gives_the_same_numbers(call, tmp_path, script, mode):
     for out in ("a", "b"):
