@@ -24,10 +24,10 @@ cb have 42.5 to 42.8. The logits magnitude of many, medium and few falls from 8.
 smaller, but not equal for the few. The regularised std hardly changes (0.27, 0.35, 0.57 and 0.28, 0.35,
 0.60).
 
-The gain depends on the network and on stopping early. On lwr.py's ce-drw, whose logits are larger, LORT falls
-from 45.5 to 39.4, at a loss of 8.6, and cross-entropy (--delta 0) to 42.2; the paper's Table 3 has 42.4, 44.9
-and 42.4. With --lr2 0.005 and 0.05 the loss comes down to 4.75 and 4.60 (least possible: 4.59) and the
-accuracy to 24.5 and 27.9 (tests/tried_results.jsonl); at 4.60 many, medium and few have 64.7, 15.0 and 0.0.
+The gain depends on the network. On lwr.py's ce-drw, whose logits are larger, LORT falls from 45.5 to 39.4, at
+a loss of 8.6, and cross-entropy (--delta 0) to 42.2; the paper's Table 3 has 42.4, 44.9 and 42.4. With --lr2
+0.005 and 0.05 the loss comes down to 4.75 and 4.60 (least possible: 4.59) and the accuracy to 24.5 and 27.9
+(tests/tried_results.jsonl); at 4.60 many, medium and few have 64.7, 15.0 and 0.0.
 
 Code read: bilibili/LOS. Departures:
 - The standard shuffled subset; the authors' code takes the first images of each class.
