@@ -86,7 +86,7 @@ def data_folder(args):
 def exp_counts(n_max, num_classes, imb_factor):
     """Training images per class, head first: int(n_max * imb_factor ** (-c / (C - 1))), as LDAM-DRW has it
     (Cao et al. 2019)."""
-    return [int(n_max * imb_factor ** (-c / (num_classes - 1))) for c in range(num_classes)]
+    return [int(n_max * imb_factor ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
 def shuffled_classes(labels, num_classes, seed):

@@ -42,7 +42,7 @@ def test_counts_of_the_papers():
     assert {f: sum(common.exp_counts(500, 100, f)) for f in totals} == totals
     groups = common.shot_groups(common.exp_counts(500, 100, 100))
     assert [int(groups[name].sum()) for name in ("all", "many", "medium", "few")] == [100, 35, 35, 30]
-    assert common.exp_counts(7, 3, 1) == [7, 7, 7]
+    assert common.exp_counts(7, 1, 100) == [7] and common.exp_counts(7, 3, 1) == [7, 7, 7]
 
 
 def test_the_subset_is_the_one_of_the_global_generator_and_leaves_that_alone():

@@ -75,11 +75,11 @@ def test_the_images_lie_in_data_if_nothing_else_is_said(photos, tmp_path, monkey
     os.symlink(photos, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     args = arguments("data", *FLAGS)
-    before = sorted(photos.glob(".cache/*"))
     given = common.load_data(args, CPU).subset
+    decoded = sorted(photos.glob(".cache/*"))
     args.data_root = None
     assert common.load_data(args, CPU).subset == given == common.load_data(arguments(photos, *FLAGS), CPU).subset
-    assert not before or sorted(photos.glob(".cache/*")) == before  # nothing is decoded again
+    assert decoded and sorted(photos.glob(".cache/*")) == decoded  # nothing is decoded again
 
 
 def test_classes_are_named_by_the_folders_of_the_training_images(photos, tmp_path):
