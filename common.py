@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import zipfile
@@ -587,7 +588,7 @@ def base_parser(doc):
 
 def parse(parser, argv, recipe, changes):
     """Parse argv, twice, since the defaults depend on it: they are the recipe, the paper's for CIFAR-100-LT,
-    then changes[variant], then changes[dataset]; the later ones win.
+    then changes[variant] (of lort.py changes[retrain]), then changes[dataset]; the later ones win.
 
     args.published: has every flag of the recipe the paper's value? Only then is the paper's number set beside
     ours. listed_images() and the scripts may lower it.
@@ -598,7 +599,8 @@ def parse(parser, argv, recipe, changes):
     built_in = first.dataset in ("synthetic", *FINGERPRINTS)
     if first.dataset in LISTS and first.dataset not in changes and first.backbone is None:
         fail(f"there is no recipe for {first.dataset} here: give --backbone, and look at the other flags")
-    recipe |= changes.get(getattr(first, "variant", None), {})
+    for choice in ("variant", "retrain"):
+        recipe |= changes.get(getattr(first, choice, None), {})
     recipe |= changes.get(first.dataset, {})
     parser.set_defaults(**recipe)
     if not built_in:
@@ -801,11 +803,11 @@ def load_stage1(args, data, **wanted):
     if saved["stage"] not in ("train", "stage1"):
         fail(f"{args.stage1} has a retrained classifier: give the network before that, stage1.pt of a lort "
              "run, or weights.pt of a wd run")
-    same = ("dataset", "imb_factor", "subset_seed", "image_size", "cache_size", "backbone")
+    same = ("imb_factor", "subset_seed", "image_size", "cache_size", "backbone")
     wanted |= {name: vars(args)[name] for name in same}
     same_flags(args.stage1, saved["flags"], wanted)
     if saved["content"] != data.subset["content"]:
-        fail(f"{args.stage1} was trained on other images: the data have changed")
+        fail(f"{args.stage1} was trained on other images than {args.dataset} has")
     return net, normalised_as(data, saved["mean"], saved["std"]), saved["flags"]
 
 
@@ -851,8 +853,11 @@ class Run:
         self._set_arithmetic()
         self.flags = {name: value for name, value in vars(args).items() if name not in NO_INFLUENCE}
         self.flags |= {"device": self.device.type, "precision": self.precision}  # what 'auto' came to
-        if getattr(args, "stage1", None):  # the same name may hold another network when the run goes on
-            self.flags["stage1_sha256"] = hashlib.sha256(Path(args.stage1).read_bytes()).hexdigest()[:16]
+        stage1 = getattr(args, "stage1", None)
+        if stage1 is not None:  # the same name may hold another network when the run goes on
+            if not Path(stage1).is_file():
+                fail(f"--stage1 '{stage1}' is no file: give the weights.pt of a run")
+            self.flags["stage1_sha256"] = hashlib.sha256(Path(stage1).read_bytes()).hexdigest()[:16]
         factor = args.imb_factor if args.imb_factor == "natural" else f"if{args.imb_factor:g}"
         dataset = os.path.basename(os.path.abspath(args.dataset))
         self.folder = Path(args.out, f"{method}-{variant}-{dataset}-{factor}-seed{args.seed}")
@@ -923,9 +928,13 @@ class Run:
 
     def _same_run(self, path, saved):
         """Refuse what another run has left in this folder."""
-        wanted = {"stage1_sha256": None} | self.flags  # None: not with --stage1
-        wanted.pop("stage1", None)  # its content is compared; the file may have been moved
-        same_flags(path, saved.get("flags", {}), wanted, ": choose another --out, or delete the folder")
+        flags = saved.get("flags", {})
+        remedy = ": choose another --out, or delete the folder"
+        if flags.get("stage1_sha256") != self.flags.get("stage1_sha256"):
+            fail(f"{path} was made with another --stage1, or without one{remedy}")
+        paths = ("stage1", "dataset")  # they may have been moved; what they hold is compared
+        wanted = {name: value for name, value in self.flags.items() if name not in paths}
+        same_flags(path, flags, wanted, remedy)
         if saved["subset"] != self.data.subset:
             fail(f"{path} is of other images: the data have changed; delete the folder to start again")
 
@@ -1478,7 +1487,12 @@ def names_and_lengths(paths, args):
 def write_squares(file, paths, kind, side, own):
     """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
     original and a digest of its pixels. If some cannot be read, no file is left and one line names them."""
-    os.posix_fallocate(file.fileno(), 0, len(paths) * side * side * 3)  # the disk may be too small
+    size = len(paths) * side * side * 3
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        os.unlink(file.name)
+        fail(f"{file.name}: the decoded images take {size / 1e9:.2g} GB ({error.strerror})")
 
     def read(k):
         try:
@@ -1566,12 +1580,14 @@ def read_files(parts, args, device):
         return photographs(parts, args, device)[0]
     read = photographs if args.image_size else small_squares
     splits, digests = read(parts, args, device)
-    seen = {}
+    seen, same = {}, []
     for part, (paths, labels) in parts.items():
         for path, label, digest in zip(paths, labels, digests[part]):
             first = seen.setdefault(digest, (path, part, label))
             if first[1:] != (part, label):  # it would make the scores wrong
-                fail(f"{path} in {part} and {first[0]} in {first[1]} are the same picture")
+                same.append(f"{path} in {part} and {first[0]} in {first[1]}")
+    if same:
+        fail(f"the same picture: {'; '.join(same[:3])} ({len(same)} in all)")
     return splits
 
 
@@ -1661,4 +1677,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for: python common.py runs | head
     guard(main)

@@ -7,7 +7,7 @@
 #                                    of training images for all; what a method is (losses, rates, second stage) stays
 #                                    its own. ResNet-34, as a simplex of 100 vectors does not fit ResNet-32's features
 #
-#   SEEDS="0 1 2"  IMB="100 50 10"  METHODS="lort rbl"  JOBS=4 (runs at a time)  OUT=runs
+#   SEEDS="0 1 2"  IMB="100 50 10"  METHODS="lort rbl"  JOBS=4 (runs at a time)  OUT=runs (below this folder)
 #   FLAGS="--epochs 2" OUT=runs/quick     flags for every run; runs with other flags need another folder
 #
 # A finished run is not made again, an interrupted one goes on where it was, and a failing one does not stop the others.

@@ -81,8 +81,8 @@ def regularized_std(logits, labels):
 
 class Classifier(nn.Module):
     """The classifier of a method of Table 1: w (K, D) and b (K,) start as in stage 1, s is the method's
-    constant. forward: its logits z (B, K) at test. cosine is trained on f / |f|, but tested on f, which keeps
-    z affine and of one view changes no decision."""
+    constant. forward: its logits z (B, K) at test. cosine is trained on f / |f|, but tested on f: z stays
+    affine, and the decision for one view is the same."""
 
     def __init__(self, fc, method, s=None, lr=0.0, weight_decay=0.0):
         super().__init__()
@@ -128,7 +128,8 @@ def table_1_loss(classifier, f, y, n):
 
 RECIPE = dict(epochs=200, batch_size=64, lr=0.01, weight_decay=5e-3, backbone="resnet34",  # the authors' code
               epochs2=20, lr2=5e-4, weight_decay2=0.0, delta=0.98, bn="train", init="torch")
-CHANGES = {"imagenet-lt": dict(backbone="resnext50_32x4d", batch_size=128, lr=0.03, weight_decay=5e-4,
+CHANGES = {"all": dict(val_per_class=20),  # --retrain all: as ewb_fdr.py
+           "imagenet-lt": dict(backbone="resnext50_32x4d", batch_size=128, lr=0.03, weight_decay=5e-4,
                                delta=0.99),
            "inat18": dict(backbone="resnet50", batch_size=256, lr=0.1, weight_decay=1e-4, delta=0.99),
            "synthetic": dict(backbone="small", epochs=15, lr=0.2, weight_decay=1e-3, epochs2=5, lr2=0.02)}
@@ -171,8 +172,6 @@ def parse_args(argv):
         given = vars(parser.parse_args(argv))
         for name in STAGE_1:
             setattr(args, name, given[name])
-    if args.retrain and not args.val_per_class:  # as ewb_fdr.py
-        args.val_per_class = {"synthetic": 10, "cifar10": 20, "cifar100": 20}.get(args.dataset, 0)
     return args
 
 

@@ -1,5 +1,7 @@
 """Bad input: one line that says what is wrong, exit code 2, no traceback, before any training."""
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,6 +58,9 @@ def test_flags_without_effect_where_they_would_falsify_an_ablation(refused):
     refused("lwr", "--tau", "2", words=["--tau", "--base bs"])
     refused("lort", "--stage1", "x", "--init", "he", words=["--init", "--stage1"])
     refused("lort", "--retrain", "all", "--bn", "eval", words=["--bn", "--retrain"])
+    refused("ewb_fdr", "--dataset", "inat18", words=["8,142", "--variant"])
+    for stage1 in ("", "nowhere.pt", "."):
+        refused("lort", "--dataset", "synthetic", "--stage1", stage1, words=[f"--stage1 '{stage1}' is no file"])
     refused("hinge_ce", "--dataset", "imagenet-lt", "--cache-size", "128", words=["--cache-size 128", "--image-size 224"])
     refused("hinge_ce", "--dataset", "imagenet-lt", "--pad", "4", words=["--pad", "photographs"])
     refused("hinge_ce", "--minor", "0", words=["no class has a cone", "ce-etf"])
@@ -325,6 +330,9 @@ def test_a_method_runs_on_own_images(call, own, monkeypatch, tmp_path, capsys):
     for path, line, p in zip(at, capsys.readouterr().out.splitlines(), probabilities, strict=True):
         found, name = re.fullmatch(r"(\S+): (\w) ([\d.]+) %(?:, \w [\d.]+ %){2}", line), "bac"[p.argmax()]
         assert found.group(1, 2) == (path, name) and float(found.group(3)) == pytest.approx(100 * p.max().item(), abs=0.1)
+    moved = shutil.move(own, tmp_path / "elsewhere" / "own")  # the same images: the same run, and the same stage 1
+    assert call("hinge_ce", *flags, "--dataset", moved) == 0 and "is finished" in capsys.readouterr().out
+    assert call("lort", *flags, "--dataset", moved, "--stage1", folder / "weights.pt", "--epochs2", "1") == 0
 
 
 def test_table_1_of_own_images(call, refused, own, monkeypatch, tmp_path):
@@ -423,10 +431,10 @@ def break_own(own, how):
         return "not 1 and 1"
     if how == "in train and test":
         (own / "test" / "a" / "z.png").symlink_to(own / "train" / "a" / "0.png")
-        return "are the same picture"
+        return "the same picture: "
     if how == "copied to another class":
         shutil.copy(own / "train" / "a" / "0.png", own / "train" / "b" / "z.png")
-        return "in train are the same picture"
+        return "in train (1 in all)"
     if how == "one class":
         for name in "bc":
             for part in ("train", "test"):
@@ -445,13 +453,21 @@ def test_broken_own_folders(refused, own, how):
 def test_a_photograph_in_train_and_test_is_refused(refused, own):
     """Though one is kept whole and the other cropped."""
     shutil.copy(own / "train" / "a" / "0.png", own / "test" / "b" / "z.png")
-    refused("hinge_ce", "--dataset", own, "--image-size", "16", "--cache-size", "16", words=["are the same picture"])
+    refused("hinge_ce", "--dataset", own, "--image-size", "16", "--cache-size", "16", words=["the same picture: "])
 
 
 def test_what_cannot_be_read_leaves_nothing_behind(refused, own):
     break_own(own, "cut")
     refused("hinge_ce", "--dataset", own)
     assert len(list(own.glob(".cache/*.pixels"))) == 1  # of the training images, which all are read
+
+
+def test_a_disk_too_small_for_the_images_is_not_left_full(refused, own, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refused("hinge_ce", "--dataset", own, words=[".cache", "GB", "No space left"])
+    assert not list(own.glob(".cache/*.pixels"))
 
 
 def test_a_damaged_image_is_named_though_it_is_the_first(refused, own):

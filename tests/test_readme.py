@@ -92,6 +92,14 @@ def test_the_numbers_of_wb_are_of_200_epochs():
         assert not other.published
 
 
+def test_table_1_holds_validation_images_out():
+    import lort
+    for flags, published in (([], True), (["--val-per-class", "20"], True), (["--val-per-class", "10"], False)):
+        args = lort.parse_args(["--retrain", "all", *flags])
+        assert args.val_per_class == int((["", 20] + flags)[-1]) and args.published == published
+    assert lort.parse_args([]).val_per_class == 0
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_reads_well(script, capsys):
     with pytest.raises(SystemExit) as stop:
