@@ -1484,15 +1484,13 @@ def names_and_lengths(paths, args):
     return str([names, lengths]).encode()
 
 
-def write_squares(file, paths, kind, side, own):
-    """Write the squares of all images to a file, one after the other. Returns the [width, height] of each
-    original and a digest of its pixels. If some cannot be read, no file is left and one line names them."""
-    size = len(paths) * side * side * 3
+def write_squares(file, length, paths, kind, side, own):
+    """Write the squares of all images, length bytes, to a file, one after the other. Returns the [width,
+    height] of each original and a digest of its pixels. If some cannot be read, one line names them."""
     try:
-        os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(file.fileno(), 0, length)
     except OSError as error:
-        os.unlink(file.name)
-        fail(f"{file.name}: the decoded images take {size / 1e9:.2g} GB ({error.strerror})")
+        fail(f"{file.name}: the decoded images take {length / 1e9:.2g} GB ({error.strerror})")
 
     def read(k):
         try:
@@ -1506,7 +1504,6 @@ def write_squares(file, paths, kind, side, own):
     done = thread_map(read, range(len(paths)), desc="reading", disable=None)
     errors = [text for size, text in done if size is None]
     if errors:
-        os.unlink(file.name)
         some = "; ".join(errors[:3])
         fail(f"{some} ({len(errors)} of {len(done)} images; those of lists lie below --data-root)")
     return [size for size, _ in done], [digest for _, digest in done]
@@ -1528,8 +1525,11 @@ def cached_squares(paths, kind, side, args):
         if not (index.exists() and pixels.exists() and pixels.stat().st_size == length):  # the index is last
             index.unlink(missing_ok=True)
             with open(pixels, "wb") as file:
-                found = write_squares(file, paths, kind, side, own)
+                found = write_squares(file, length, paths, kind, side, own)
             save(index, json.dumps(found), every_rank=True)
+    except BaseException:  # Ctrl-C too: without its index the file only takes room
+        pixels.unlink(missing_ok=True)
+        raise
     finally:
         os.close(handle)
     sizes, digests = json.loads(index.read_text())

@@ -147,6 +147,7 @@ def test_images_are_decoded_once_and_anew_after_an_interruption(photos, tmp_path
     monkeypatch.setattr(common, "open_image", counted)
     with pytest.raises(KeyboardInterrupt):
         common.cached_squares(paths, "central", 32, args)
+    assert not list(tmp_path.glob(".cache/*.pixels"))
     images, sizes, digests = common.cached_squares(paths, "central", 32, args)
     assert len(opened) >= 17 + 30 and len(set(digests)) == 30
     for k in (0, 7, 29):

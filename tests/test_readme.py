@@ -94,9 +94,9 @@ def test_the_numbers_of_wb_are_of_200_epochs():
 
 def test_table_1_holds_validation_images_out():
     import lort
-    for flags, published in (([], True), (["--val-per-class", "20"], True), (["--val-per-class", "10"], False)):
+    for flags, held_out, published in (([], 20, True), (["--val-per-class", "20"], 20, True), (["--val-per-class", "10"], 10, False)):
         args = lort.parse_args(["--retrain", "all", *flags])
-        assert args.val_per_class == int((["", 20] + flags)[-1]) and args.published == published
+        assert (args.val_per_class, args.published) == (held_out, published)
     assert lort.parse_args([]).val_per_class == 0
 
 
